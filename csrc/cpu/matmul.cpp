@@ -1,0 +1,346 @@
+#include "matmul.h"
+
+#include <math.h>
+
+#include "threads.h"
+
+namespace medusa::cpu::MEDUSA_ISA {
+namespace {
+
+constexpr int kStrips = 16 / kWidth;       // a strip: the columns of a vector and those 16 further on
+constexpr int kPrefetch = 128 * 1024;      // bytes ahead in the weight stream; nearer costs a third at 8 rows
+constexpr int kLine = 64;
+
+// How many rows share a weight load: the sums must fit the registers, with some left for weights and a broadcast.
+constexpr int kFloatRows = kRegisters == 32 ? 12 : 6;
+constexpr int kInt8Rows = kRegisters == 32 ? 8 : 4;
+
+inline void load_strip(const float* p, int strip, Vec& low, Vec& high) {
+  low = load(p + strip * kWidth);
+  high = load(p + 16 + strip * kWidth);
+}
+inline void load_strip(const f16* p, int strip, Vec& low, Vec& high) {
+  low = load(p + strip * kWidth);
+  high = load(p + 16 + strip * kWidth);
+}
+inline void load_strip(const bf16* p, int strip, Vec& low, Vec& high) {
+  split_pairs(load_pairs(p + strip * 2 * kWidth), low, high);
+}
+
+// R rows times the strips [strip, strip + S) of a tile.
+template <class W, int R, int S, bool kAhead>
+void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, float* out, int64_t ld) {
+  Vec sums[R][2 * S];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < 2 * S; ++c) sums[r][c] = zero();
+  }
+  const auto step = [&](const W* weights, const float* column) __attribute__((always_inline)) {
+    Vec wide[2 * S];
+    for (int s = 0; s < S; ++s) load_strip(weights, strip + s, wide[2 * s], wide[2 * s + 1]);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec a = set(column[r * stride]);
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * S; ++c) sums[r][c] = fma(wide[c], a, sums[r][c]);
+    }
+  };
+  const char* ahead = reinterpret_cast<const char*>(w) + kPrefetch;
+  int i = 0;
+  for (; i + 4 <= k; i += 4) {
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) step(w + (i + u) * kTile, x + i + u);
+    if (kAhead) {
+      constexpr int kBytes = 4 * kTile * static_cast<int>(sizeof(W));
+#pragma GCC unroll 8
+      for (int b = 0; b < kBytes; b += kLine) prefetch(ahead + b);
+      ahead += kBytes;
+    }
+  }
+  for (; i < k; ++i) step(w + i * kTile, x + i);
+  for (int r = 0; r < R; ++r) {
+    for (int s = 0; s < S; ++s) {
+      store(out + r * ld + (strip + s) * kWidth, sums[r][2 * s]);
+      store(out + r * ld + 16 + (strip + s) * kWidth, sums[r][2 * s + 1]);
+    }
+  }
+}
+
+// As float_kernel: exact integer sums inside a group, floats from group to group.
+template <int R, int S, bool kAhead>
+void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, float* out, int64_t ld) {
+  const int groups = static_cast<int>(ceil_div(rows.k, kGroup));
+  const uint8_t* w = tile + kTile * sizeof(float);
+  const int8_t* q = rows.q + static_cast<int64_t>(row) * groups * kGroup;
+  const int64_t stride = static_cast<int64_t>(groups) * kGroup;
+  Vec sums[R][2 * S];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < 2 * S; ++c) sums[r][c] = zero();
+  }
+  for (int g = 0; g < groups; ++g) {
+    IntVec part[R][2 * S];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const int32_t offset = rows.offsets[(row + r) * static_cast<int64_t>(groups) + g];
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * S; ++c) part[r][c] = dot_start(offset);
+    }
+    for (int i = 0; i < kGroup; i += 16) {
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) {
+        Bytes bytes[2 * S];
+        for (int s = 0; s < S; ++s) {
+          bytes[2 * s] = load_bytes(w + (strip + s) * 4 * kWidth);
+          bytes[2 * s + 1] = load_bytes(w + 64 + (strip + s) * 4 * kWidth);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          int32_t four;
+          memcpy(&four, q + r * stride + i + 4 * u, 4);
+#pragma GCC unroll 8
+          for (int c = 0; c < 2 * S; ++c) part[r][c] = dot4(part[r][c], bytes[c], four);
+        }
+        if (kAhead) {
+          prefetch(w + kPrefetch);
+          prefetch(w + kPrefetch + kLine);
+        }
+        w += 4 * kTile;
+      }
+    }
+    q += kGroup;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec scale = set(rows.scales[(row + r) * static_cast<int64_t>(groups) + g]);
+#pragma GCC unroll 8
+      for (int c = 0; c < 2 * S; ++c) sums[r][c] = fma(to_float(part[r][c]), scale, sums[r][c]);
+    }
+  }
+  const float* scales = reinterpret_cast<const float*>(tile);
+  for (int r = 0; r < R; ++r) {
+    for (int s = 0; s < S; ++s) {
+      const int column = (strip + s) * kWidth;
+      store(out + r * ld + column, sums[r][2 * s] * load(scales + column));
+      store(out + r * ld + 16 + column, sums[r][2 * s + 1] * load(scales + 16 + column));
+    }
+  }
+}
+
+// Few rows leave registers for every strip of the tile at once; many go strip by strip.
+template <class W, int R>
+void float_block(const W* tile, const Rows& rows, int row, bool ahead, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kFloatRows * 2 ? kStrips : 1;
+  const float* x = rows.x + row * rows.row_stride;
+  out += row * ld;
+  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
+    if (ahead && strip == 0) {
+      float_kernel<W, R, kAtOnce, true>(tile, x, rows.row_stride, rows.k, strip, out, ld);
+    } else {
+      float_kernel<W, R, kAtOnce, false>(tile, x, rows.row_stride, rows.k, strip, out, ld);
+    }
+  }
+}
+
+template <int R>
+void int8_block(const uint8_t* tile, const Rows& rows, int row, bool ahead, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kInt8Rows * 2 ? kStrips : 1;
+  out += row * ld;
+  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
+    if (ahead && strip == 0) {
+      int8_kernel<R, kAtOnce, true>(tile, rows, row, strip, out, ld);
+    } else {
+      int8_kernel<R, kAtOnce, false>(tile, rows, row, strip, out, ld);
+    }
+  }
+}
+
+// Calls body with R = `count` as a compile-time constant, 1 <= count <= kMost.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <int kMost, class Body>
+inline void with_count(int count, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (count < kMost) return with_count<kMost - 1>(count, body);
+  }
+  body(Count<kMost>());
+}
+
+// Blocks of nearly equal size: 16 rows are 8 + 8, not 12 + 4. Only the first block prefetches.
+template <int kMost, class Body>
+inline void for_row_blocks(int rows, const Body& body) {
+  const int blocks = static_cast<int>(ceil_div(rows, kMost));
+  for (int b = 0; b < blocks; ++b) {
+    const int row = static_cast<int>(static_cast<int64_t>(rows) * b / blocks);
+    const int next = static_cast<int>(static_cast<int64_t>(rows) * (b + 1) / blocks);
+    with_count<kMost>(next - row, [&](auto count) { body(count, row, b == 0); });
+  }
+}
+
+template <class W>
+void multiply_float(const Rows& rows, const void* tile, float* out, int64_t ld) {
+  for_row_blocks<kFloatRows>(rows.rows, [&](auto count, int row, bool ahead) {
+    float_block<W, decltype(count)::value>(static_cast<const W*>(tile), rows, row, ahead, out, ld);
+  });
+}
+
+// Symmetric: the largest magnitude of a group becomes 127.
+void quantise_row(const float* x, int k, int8_t* q, float* scales, int32_t* offsets) {
+  for (int begin = 0; begin < k; begin += kGroup, q += kGroup) {
+    const int count = smaller(kGroup, k - begin);
+    Vec most = zero();
+    for_vectors(count, [&](int i, int lanes) {
+      const Vec a = load_part(x + begin + i, lanes);
+      most = max(most, max(a, zero() - a));
+    });
+    const float magnitude = largest(most);
+    const Vec inverse = set(magnitude > 0 ? 127.f / magnitude : 0.f);
+    memset(q + count, 0, kGroup - count);
+    for_vectors(count, [&](int i, int lanes) { store_part(q + i, load_part(x + begin + i, lanes) * inverse, lanes); });
+    int32_t sum = 0;
+    for (int i = 0; i < kGroup; ++i) sum += q[i];
+    *scales++ = magnitude / 127.f;
+    *offsets++ = -128 * sum;
+  }
+}
+
+void pack_int8(const void* weight, DType dtype, int columns, int k, void* tile) {
+  float* scales = static_cast<float*>(tile);
+  auto* bytes = reinterpret_cast<uint8_t*>(scales + kTile);
+  memset(bytes, 128, round_up(k, kGroup) * kTile);
+  for (int c = 0; c < kTile; ++c) {
+    float most = 0;
+    const auto value = [&](int i) { return load_one(weight, dtype, static_cast<int64_t>(c) * k + i); };
+    for (int i = 0; c < columns && i < k; ++i) most = larger(most, fabsf(value(i)));
+    scales[c] = most / 127.f;
+    const float inverse = most > 0 ? 127.f / most : 0.f;
+    for (int i = 0; c < columns && i < k; ++i) {
+      bytes[(i / 4 * kTile + c) * 4 + i % 4] = static_cast<uint8_t>(lrintf(value(i) * inverse) + 128);
+    }
+  }
+}
+
+inline int place(float*, int column) { return column; }
+inline int place(f16*, int column) { return column; }
+inline int place(bf16*, int column) { return 2 * (column % 16) + column / 16; }
+
+template <class W>
+void pack_float(const void* weight, DType dtype, int columns, int k, W* tile) {
+  if (columns < kTile) memset(tile, 0, static_cast<size_t>(k) * kTile * sizeof(W));
+  // A few k at a time for all columns: the tile's lines are then written once.
+  for_vectors(k, [&](int i, int lanes) {
+    for (int c = 0; c < columns; ++c) {
+      W values[kWidth];
+      store(values, load_part(weight, dtype, static_cast<int64_t>(c) * k + i, lanes));
+      W* target = tile + static_cast<int64_t>(i) * kTile + place(tile, c);
+      for (int j = 0; j < lanes; ++j) target[j * kTile] = values[j];
+    }
+  });
+}
+
+}  // namespace
+
+Rows make_rows(const void* x, DType dtype, int64_t row_stride, int rows, int k, WeightFormat format) {
+  Rows made = {};
+  made.rows = rows;
+  made.k = k;
+  const bool quantised = format == WeightFormat::packed_int8;
+  if (!quantised && dtype == DType::f32) {
+    made.x = static_cast<const float*>(x);
+    made.row_stride = row_stride;
+    return made;
+  }
+  const int64_t groups = ceil_div(k, kGroup);
+  float* wide = scratch_of<float>(Scratch::rows, rows * (groups * kGroup * 2 + groups * 2));
+  float* scales = wide + rows * groups * kGroup;
+  auto* offsets = reinterpret_cast<int32_t*>(scales + rows * groups);
+  auto* bytes = reinterpret_cast<int8_t*>(offsets + rows * groups);
+  parallel_for(rows, 0.15 * rows * k, [&](int r) {
+    const float* row = static_cast<const float*>(x) + r * row_stride;
+    if (dtype != DType::f32) {
+      float* target = wide + r * groups * kGroup;
+      for_vectors(k, [&](int i, int lanes) {
+        store_part(target + i, load_part(x, dtype, r * row_stride + i, lanes), lanes);
+      });
+      row = target;
+    }
+    if (quantised) {
+      quantise_row(row, k, bytes + r * groups * kGroup, scales + r * groups, offsets + r * groups);
+    }
+  });
+  made.x = wide;
+  made.row_stride = groups * kGroup;
+  made.q = bytes;
+  made.scales = scales;
+  made.offsets = offsets;
+  return made;
+}
+
+Rows Rows::part(int first, int count) const {
+  const int64_t groups = ceil_div(k, kGroup);
+  Rows some = *this;
+  some.rows = count;
+  some.x += first * row_stride;
+  if (q) {
+    some.q += first * groups * kGroup;
+    some.scales += first * groups;
+    some.offsets += first * groups;
+  }
+  return some;
+}
+
+int64_t tile_bytes(WeightFormat format, int k) {
+  switch (format) {
+    case WeightFormat::packed_f32:
+      return static_cast<int64_t>(k) * kTile * 4;
+    case WeightFormat::packed_int8:
+      return kTile * static_cast<int64_t>(sizeof(float)) + round_up(k, kGroup) * kTile;
+    default:
+      return static_cast<int64_t>(k) * kTile * 2;
+  }
+}
+
+void pack_tile(const void* weight, DType dtype, int columns, int k, WeightFormat format, void* tile) {
+  switch (format) {
+    case WeightFormat::packed_f32:
+      return pack_float(weight, dtype, columns, k, static_cast<float*>(tile));
+    case WeightFormat::packed_bf16:
+      return pack_float(weight, dtype, columns, k, static_cast<bf16*>(tile));
+    case WeightFormat::packed_f16:
+      return pack_float(weight, dtype, columns, k, static_cast<f16*>(tile));
+    default:
+      return pack_int8(weight, dtype, columns, k, tile);
+  }
+}
+
+void multiply_tile(const Rows& rows, WeightFormat format, const void* tile, float* out, int64_t ld) {
+  switch (format) {
+    case WeightFormat::packed_f32:
+      return multiply_float<float>(rows, tile, out, ld);
+    case WeightFormat::packed_bf16:
+      return multiply_float<bf16>(rows, tile, out, ld);
+    case WeightFormat::packed_f16:
+      return multiply_float<f16>(rows, tile, out, ld);
+    default:
+      for_row_blocks<kInt8Rows>(rows.rows, [&](auto count, int row, bool ahead) {
+        int8_block<decltype(count)::value>(static_cast<const uint8_t*>(tile), rows, row, ahead, out, ld);
+      });
+  }
+}
+
+int64_t Matrix::bytes() const {
+  const int64_t element = format == WeightFormat::plain_f32 ? 4 : 2;
+  return plain() ? element * columns * k : tiles() * tile_bytes(format, k);
+}
+
+const void* Matrix::tile(int index) const {
+  const int64_t size = tile_bytes(packed_format(), k);
+  if (!plain()) return static_cast<const char*>(data) + index * size;
+  const DType dtype = static_cast<DType>(format);
+  void* packed = scratch(Scratch::tile, size);
+  const int first = index * kTile;
+  pack_tile(element(data, dtype, static_cast<int64_t>(first) * k), dtype, smaller(kTile, columns - first), k,
+            packed_format(), packed);
+  return packed;
+}
+
+}  // namespace medusa::cpu::MEDUSA_ISA

@@ -1,0 +1,115 @@
+"""draft_heads: the Medusa heads at one hidden row per sequence, down to their top-k tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._backends import Lazy, Native, resolve
+from .linear import PackedLinear
+from .native.draft_heads import arguments
+from .reference import draft_heads as reference
+
+BACKENDS = {
+    "reference": reference.launch,
+    "cpu": Native("cpu", "draft_heads", arguments),
+    "cuda": Native("cuda", "draft_heads", arguments),
+    "triton": Lazy("medusa_kernels.triton.draft_heads"),
+}
+
+
+def draft_heads(
+    hidden: Tensor,
+    block_weight: Tensor | PackedLinear,
+    block_bias: Tensor | None,
+    lm_head_weight: Tensor | PackedLinear,
+    top_k: int,
+    *,
+    token_map: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Head h's `top_k` most probable tokens at offset h + 2, without the (batch, heads, vocab) logits reaching memory.
+
+    Each head applies `layers` residual blocks x + silu(W x + b) (Medusa, section 2.1), then an LM head.
+
+    Args:
+        hidden: (batch, hidden_size), the last accepted node's row after the base's final norm: what its LM head reads.
+        block_weight: (heads, layers, hidden_size, hidden_size), or that tensor packed by `pack_linear`.
+        block_bias: (heads, layers, hidden_size) or None.
+        lm_head_weight: (vocab, hidden_size) shared by the heads, or (heads, vocab, hidden_size), or packed.
+        top_k: 1 to vocab. Equal scores: the lower draft id first.
+        token_map: int32 (vocab,), draft id to base id, for a reduced draft vocabulary; None: the ids are the same.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        draft_tokens int32 (batch, heads, top_k), base ids by falling probability, and
+        logprobs float32 (batch, heads, top_k), natural logarithms over the draft vocabulary. Nothing else is written.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    packed = isinstance(block_weight, PackedLinear) or isinstance(lm_head_weight, PackedLinear)
+    if torch.compiler.is_compiling() and not packed:
+        return torch.ops.medusa_kernels.draft_heads(
+            hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend
+        )
+    return _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend)
+
+
+def _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend):
+    _check.tensor("hidden", hidden, shape=(None, None), dtype=_check.FLOATS)
+    batch, size = hidden.shape
+    _check.in_range("hidden's batch", batch, 1, 2**31 - 1)
+    _check.in_range("hidden's hidden_size", size, 1, 2**31 - 1)
+    _weight("block_weight", block_weight, (None, None, size, size), hidden.device)
+    heads, layers = block_weight.shape[:2]
+    _check.in_range("block_weight's number of heads", heads, 1, 2**31 - 1)
+    if block_bias is not None:
+        _check.tensor("block_bias", block_bias, shape=(heads, layers, size), dtype=_check.FLOATS, device=hidden.device)
+        block_bias = block_bias.contiguous()
+    own = len(getattr(lm_head_weight, "shape", ())) == 3
+    _weight("lm_head_weight", lm_head_weight, (heads, None, size) if own else (None, size), hidden.device)
+    vocab = lm_head_weight.shape[-2]
+    _check.integer("top_k", top_k, 1, vocab)
+    if token_map is not None:
+        _check.tensor("token_map", token_map, shape=(vocab,), dtype=torch.int32, device=hidden.device)
+        if _check.values_wanted(hidden.device):
+            _check.all_between("token_map", token_map, 0, 2**31 - 1)
+        token_map = token_map.contiguous()
+    if hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+    if isinstance(block_weight, PackedLinear) or isinstance(lm_head_weight, PackedLinear):
+        backend = "cpu" if backend == "auto" else backend
+    launch = resolve("draft_heads", BACKENDS, backend, hidden.device)
+    draft_tokens = torch.empty(batch, heads, top_k, dtype=torch.int32, device=hidden.device)
+    logprobs = torch.empty(batch, heads, top_k, dtype=torch.float32, device=hidden.device)
+    launch(hidden, block_weight, block_bias, lm_head_weight, token_map, top_k, draft_tokens, logprobs)
+    return draft_tokens, logprobs
+
+
+def _weight(name: str, weight: Tensor | PackedLinear, shape: tuple, device: torch.device) -> None:
+    if isinstance(weight, PackedLinear):
+        weight.check(name, shape, device)
+    else:
+        _check.tensor(name, weight, shape=shape, dtype=_check.FLOATS, device=device)
+        _check.dense_rows(name, weight, weight.dim())
+
+
+@torch.library.custom_op("medusa_kernels::draft_heads", mutates_args=())
+def _op(
+    hidden: Tensor,
+    block_weight: Tensor,
+    block_bias: Tensor | None,
+    lm_head_weight: Tensor,
+    top_k: int,
+    token_map: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend)
+
+
+@_op.register_fake
+def _fake(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend):
+    shape = (hidden.shape[0], block_weight.shape[0], top_k)
+    return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=torch.float32)

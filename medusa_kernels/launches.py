@@ -1,0 +1,56 @@
+"""For engines: the unchecked launches behind the front doors, resolved once instead of at every call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from ._backends import NAMES, Native, resolve
+from .compact_kv import BACKENDS as compact_kv
+from .draft_heads import BACKENDS as draft_heads
+from .linear import BACKENDS as linear
+from .rms_norm import BACKENDS as rms_norm
+from .rotary_append import BACKENDS as rotary_append
+from .silu_mul import BACKENDS as silu_mul
+from .tree_attention import BACKENDS as tree_attention
+from .verify_tree import BACKENDS as verify_tree
+
+_BACKENDS = {
+    "compact_kv": compact_kv,
+    "draft_heads": draft_heads,
+    "linear": linear,
+    "rms_norm": rms_norm,
+    "rotary_append": rotary_append,
+    "silu_mul": silu_mul,
+    "tree_attention": tree_attention,
+    "verify_tree": verify_tree,
+}
+
+
+def resolve_all(backend: str, device: torch.device) -> dict[str, Callable[..., None]]:
+    """Each op's launch for tensors on `device`. An op that `backend` does not have at all gets its "auto" launch.
+
+    A launch takes checked tensors and allocated outputs, in the order of `reference/<op>.py`.
+
+    Raises:
+        ValueError: the backend is unknown, or not available for an op it has.
+    """
+    if backend != "auto" and backend not in NAMES:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, not {backend!r}")
+    return {
+        op: resolve(op, backends, backend if backend in backends else "auto", device)
+        for op, backends in _BACKENDS.items()
+    }
+
+
+def auto_backend(device: torch.device) -> str:
+    """What "auto" stands for on this device, for tree attention: the op that every backend has."""
+    launch = resolve("tree_attention", tree_attention, "auto", device)
+    return next(name for name, candidate in tree_attention.items() if candidate is launch)
+
+
+def bind(launch: Callable[..., None], *tensors) -> Callable[[], None]:
+    """A call that repeats this launch on these very tensors, which must stay alive and in place."""
+    return launch.bind(*tensors) if isinstance(launch, Native) else functools.partial(launch, *tensors)

@@ -1,0 +1,9 @@
+"""SwiGLU's elementwise part (Shazeer, 2020): silu(gate) * up."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def launch(gate_up: Tensor, out: Tensor) -> None:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    out.copy_(F.silu(gate) * up)

@@ -1,0 +1,234 @@
+"""verify_tree: which path of the tree the base model accepts, and the token it chooses after it."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+from ._backends import Lazy, Native, resolve
+from .native.verify_tree import arguments
+from .reference import verify_tree as reference
+
+MODES = ("greedy", "typical", "lossless")
+
+BACKENDS = {
+    "reference": reference.launch,
+    "cpu": Native("cpu", "verify_tree", arguments),
+    "cuda": Native("cuda", "verify_tree", arguments),
+    "triton": Lazy("medusa_kernels.triton.verify_tree"),
+}
+
+
+class Acceptance(NamedTuple):
+    """How each sequence accepts, as the kernels read it: (batch,) tensors on the logits' device."""
+
+    mode: Tensor  # int32, index into MODES
+    temperature: Tensor  # float32
+    top_p: Tensor  # float32
+    top_k: Tensor  # int32, 0 = off
+    posterior_threshold: Tensor  # float32
+    posterior_alpha: Tensor  # float32
+    seed: Tensor  # int64
+    offset: Tensor  # int64, absolute position of the root
+
+
+def verify_tree(
+    logits: Tensor,
+    tree_tokens: Tensor,
+    parents: Tensor,
+    *,
+    mode: str | Sequence[str] = "greedy",
+    temperature: float | Sequence[float] | Tensor = 1.0,
+    top_p: float | Sequence[float] | Tensor = 1.0,
+    top_k: int | Sequence[int] | Tensor = 0,
+    posterior_threshold: float | Sequence[float] | Tensor = 0.09,
+    posterior_alpha: float | Sequence[float] | Tensor = 0.3,
+    seed: int | Tensor | None = None,
+    offset: Tensor | None = None,
+    max_depth: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Judges a whole tree from the base model's logits at its nodes.
+
+    greedy: a child is accepted iff its token is its parent's argmax; the longest path wins.
+    typical: iff P[token] > min(posterior_threshold, posterior_alpha · exp(-H)), P = softmax(logits / temperature) at the
+        parent and H its entropy (Medusa, section 2.3.1); the longest path wins, then the larger sum of ln P.
+    lossless: the target's own token is drawn at each node, and the child that carries it is descended to.
+    Remaining ties: the lower node id. The token after a node at depth d is drawn with
+    u = Philox4x32-10(key = seed, counter = offset + d + 1) by the inverse CDF over ascending token ids, from P truncated by
+    top_k, then top_p. temperature 0 is greedy in every mode.
+
+    Args:
+        logits: (batch, n, vocab) fp32, bf16 or fp16; row i is what the base model says after node i.
+        tree_tokens: int32 (batch, n), the root's included.
+        parents: int32 (n,) or (batch, n), see `Tree.parents`; on the CPU or on the logits' device.
+        mode: "greedy", "typical" or "lossless", one or one per sequence; so too the numbers that follow:
+        temperature: >= 0. top_p: in (0, 1]. top_k: >= 0, 0 is off.
+        posterior_threshold, posterior_alpha: >= 0.
+        seed: an int for all sequences, int64 (batch,), or None for fresh entropy.
+        offset: int64 (batch,), the absolute position of the root; None is 0.
+        max_depth: width of the result less one; None reads it from parents (not inside a CUDA graph).
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        accepted_nodes int32 (batch, max_depth + 1), root first and -1 padded; accept_length int32 (batch,), its nodes beyond
+        the root; next_token int32 (batch,). Nothing else is written.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    _check.tensor("logits", logits, shape=(None, None, None), dtype=_check.FLOATS)
+    batch = logits.shape[0]
+    _check.in_range("logits' batch", batch, 1, 2**31 - 1)
+    how = acceptance(
+        batch,
+        logits.device,
+        mode=mode,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        posterior_threshold=posterior_threshold,
+        posterior_alpha=posterior_alpha,
+        seed=seed,
+        offset=offset,
+    )
+    if torch.compiler.is_compiling():
+        if max_depth is None:
+            raise ValueError("max_depth must be given under torch.compile: the result's width cannot depend on parents' values")
+        return torch.ops.medusa_kernels.verify_tree(logits, tree_tokens, parents, list(how or ()), max_depth, backend)
+    return _checked(logits, tree_tokens, parents, how, max_depth, backend)
+
+
+def acceptance(
+    batch: int,
+    device: torch.device,
+    *,
+    mode: str | Sequence[str] = "greedy",
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    posterior_threshold=0.09,
+    posterior_alpha=0.3,
+    seed: int | Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Acceptance | None:
+    """The arguments of `verify_tree` as checked tensors; None when every sequence is greedy."""
+    modes = [mode] * batch if isinstance(mode, str) else mode
+    if not isinstance(modes, Sequence):
+        raise TypeError(f"mode must be a str or one per sequence, not {type(mode).__name__}")
+    if len(modes) != batch:
+        raise ValueError(f"mode must be one value or one per sequence ({batch}), not {len(modes)}")
+    for value in modes:
+        if value not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {value!r}")
+    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    result = Acceptance(
+        torch.tensor([MODES.index(m) for m in modes], dtype=i32, device=device),
+        _column("temperature", temperature, batch, f32, device),
+        _column("top_p", top_p, batch, f32, device),
+        _column("top_k", top_k, batch, i32, device),
+        _column("posterior_threshold", posterior_threshold, batch, f32, device),
+        _column("posterior_alpha", posterior_alpha, batch, f32, device),
+        _seeds(batch, seed).to(device),
+        _column("offset", 0 if offset is None else offset, batch, i64, device),
+    )
+    return None if all(m == "greedy" for m in modes) else result
+
+
+def _column(name: str, value, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One number, or one per sequence, as a checked (batch,) tensor."""
+    try:
+        result = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or one per sequence, not {value!r:.60}") from None
+    if result.is_complex() or (result.is_floating_point() and not dtype.is_floating_point):
+        raise TypeError(f"{name} must hold {'numbers' if result.is_complex() else 'integers'}, not {value!r:.60}")
+    if result.dim() == 0:
+        result = result.expand(batch)
+    if result.shape != (batch,):
+        raise ValueError(f"{name} must be one value or one per sequence ({batch}), not shape {tuple(result.shape)}")
+    # While tracing there are no values to look at; the op looks at them when it runs.
+    if not torch.compiler.is_compiling() and _check.values_wanted(result.device):
+        _check_column(name, result)
+    return result.to(device=device, dtype=dtype).contiguous()
+
+
+def _check_column(name: str, value: Tensor) -> None:
+    low, high = {"top_p": (0, 1), "top_k": (0, 2**31 - 1)}.get(name, (0, math.inf))
+    above = name == "top_p"  # 0 itself would keep nothing
+    good = (value > low if above else value >= low) & (value <= high) & value.isfinite()
+    if not bool(good.all()):
+        limit = "" if high == math.inf else f" and at most {high}"
+        raise ValueError(f"{name} must be finite, {'above' if above else 'at least'} {low}{limit}, not {value[~good][0].item()}")
+
+
+def _seeds(batch: int, seed: int | Tensor | None) -> Tensor:
+    if seed is None and torch.compiler.is_compiling():  # a traced call cannot ask the system: torch's generator instead
+        return torch.randint(2**63 - 1, (batch,), dtype=torch.int64)
+    if seed is None:
+        return torch.tensor([secrets.randbits(63) for _ in range(batch)], dtype=torch.int64)
+    if isinstance(seed, Tensor):
+        return _check.tensor("seed", seed, shape=(batch,), dtype=torch.int64).contiguous()
+    return torch.tensor([_check.integer("seed", seed, -(2**63), 2**63 - 1)] * batch, dtype=torch.int64)
+
+
+def _depth(parents: Tensor) -> int:
+    """Largest depth of any tree in `parents`: a loop over nodes on the host, which a driver avoids by passing max_depth."""
+    if parents.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("max_depth must be given when parents is on the device and a CUDA graph is being captured")
+    deepest = 0
+    for row in parents.reshape(-1, parents.shape[-1]).tolist():
+        depths: list[int] = []
+        for node, parent in enumerate(row):
+            depths.append(depths[parent] + 1 if 0 <= parent < node else 0)
+        deepest = max(deepest, *depths)
+    return deepest
+
+
+def _checked(logits, tree_tokens, parents, how, max_depth, backend):
+    batch, n, vocab = logits.shape
+    device = logits.device
+    _check.in_range("logits' number of nodes", n, 1, _check.MAX_NODES)
+    _check.in_range("logits' vocabulary", vocab, 1, 2**31 - 1)
+    _check.tensor("tree_tokens", tree_tokens, shape=(batch, n), dtype=torch.int32, device=device)
+    if _check.values_wanted(device):
+        _check.all_between("tree_tokens", tree_tokens, 0, vocab - 1)
+    on_device = _check.parents(parents, batch, n, device)
+    deepest = _depth(parents) if max_depth is None or _check.values_wanted(device) else 0
+    max_depth = _check.integer("max_depth", deepest if max_depth is None else max_depth, 0, _check.MAX_NODES - 1)
+    if max_depth < deepest:
+        raise ValueError(f"max_depth must be at least the tree's depth {deepest}, not {max_depth}")
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    launch = resolve("verify_tree", BACKENDS, backend, device)
+    accepted_nodes = torch.empty(batch, max_depth + 1, dtype=torch.int32, device=device)
+    accept_length = torch.empty(batch, dtype=torch.int32, device=device)
+    next_token = torch.empty(batch, dtype=torch.int32, device=device)
+    launch(logits, tree_tokens.contiguous(), on_device, how, accepted_nodes, accept_length, next_token)
+    return accepted_nodes, accept_length, next_token
+
+
+@torch.library.custom_op("medusa_kernels::verify_tree", mutates_args=())
+def _op(
+    logits: Tensor, tree_tokens: Tensor, parents: Tensor, how: list[Tensor], max_depth: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`how` is the fields of an Acceptance, or empty: every sequence is greedy."""
+    for name, value in zip(Acceptance._fields, how, strict=False):
+        if name not in ("mode", "seed") and _check.values_wanted(value.device):
+            _check_column(name, value)
+    return _checked(logits, tree_tokens, parents, Acceptance(*how) if how else None, max_depth, backend)
+
+
+@_op.register_fake
+def _fake(logits, tree_tokens, parents, how, max_depth, backend):
+    def empty(*shape):
+        return logits.new_empty(shape, dtype=torch.int32)
+
+    batch = logits.shape[0]
+    return empty(batch, max_depth + 1), empty(batch), empty(batch)

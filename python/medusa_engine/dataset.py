@@ -1,0 +1,78 @@
+"""Self-distilled conversations on disk: shards of token ids, and the hidden rows that the heads are trained on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One prompt and the base model's own greedy answer to it.
+
+    Attributes:
+        ids: int32 (tokens,), prompt and answer.
+        answer_start: index of the answer's first token.
+        hidden: bfloat16 (answer tokens, hidden_size) or None; row j is the base's final-norm row that chose answer token j.
+    """
+
+    ids: Tensor
+    answer_start: int
+    hidden: Tensor | None = None
+
+    @property
+    def answer(self) -> Tensor:
+        return self.ids[self.answer_start :]
+
+
+def shard_paths(folder: str | os.PathLike) -> list[Path]:
+    return sorted(Path(folder).glob("shard-*.safetensors"))
+
+
+def write_shard(path: Path, conversations: list[Conversation]) -> None:
+    """Writes atomically: an interrupted run leaves whole shards only."""
+    tensors = {
+        "ids": torch.cat([c.ids for c in conversations]).int(),
+        "lengths": torch.tensor([len(c.ids) for c in conversations], dtype=torch.int32),
+        "answer_starts": torch.tensor([c.answer_start for c in conversations], dtype=torch.int32),
+    }
+    if conversations[0].hidden is not None:
+        tensors["hidden"] = torch.cat([c.hidden for c in conversations]).bfloat16()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_shard(path: str | os.PathLike) -> Iterator[Conversation]:
+    """The conversations of one shard.
+
+    Raises:
+        ValueError: the file is not a shard, or is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if not {"ids", "lengths", "answer_starts"} <= names:
+                raise ValueError(f"{path} is no shard of conversations: it holds {', '.join(sorted(names)) or 'nothing'}")
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a shard of conversations: {error}") from None
+    at_token = at_row = 0
+    for length, start in zip(tensors["lengths"].tolist(), tensors["answer_starts"].tolist(), strict=True):
+        hidden = None
+        if "hidden" in tensors:
+            hidden = tensors["hidden"][at_row : at_row + length - start]
+        yield Conversation(tensors["ids"][at_token : at_token + length], start, hidden)
+        at_token += length
+        at_row += length - start

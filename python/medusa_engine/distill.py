@@ -1,0 +1,189 @@
+"""Self-distillation text: the base model writes user turns, then answers them greedily. No outside text, no outside licence."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from medusa_kernels import Tree
+from medusa_kernels.launches import bind
+from medusa_kernels.verify_tree import MODES, Acceptance
+
+from .dataset import Conversation, shard_paths, write_shard
+from .model import Forward, Model
+from .tokenizer import Tokenizer
+
+SHARD_POSITIONS = 10_000
+MAX_USER_TOKENS, MAX_ANSWER_TOKENS = 96, 256
+USER_TEMPERATURE, USER_TOP_P = 0.9, 0.95
+
+# Beginnings of user turns, so that short questions and code are met as often as long instructions. One conversation in six
+# begins freely.
+OPENINGS = (
+    *[""] * 10,
+    *("Write", "Explain", "What is", "What are", "How do I", "How does", "How can", "Why", "Can you", "Describe", "Summarize"),
+    *("Give me", "Tell me", "List", "Compare", "Translate", "I need", "I am", "I want to", "Help me", "Write a short story about"),
+    *("Write a poem", "Write a Python function", "Write a function that", "def ", "Create", "Suggest", "What's the difference between"),
+    *("Who was", "When did", "Where", "Is it", "Should I", "Rewrite", "Complete", "Please", "Design", "Imagine", "Solve"),
+    *("Calculate", "In one paragraph,", "Write an email", "Give three", "Plan", "Could you", "Convert", "Fix", "My", "The"),
+    *("Explain to a child", "What does", "Which"),
+)
+
+
+@dataclass
+class _Slot:
+    """One conversation being written: `ids` so far, of which `fed` stand in the cache."""
+
+    ids: list[int]
+    user_start: int
+    seed: int
+    fed: int = 0
+    answer_start: int | None = None
+    hidden: list[Tensor] = field(default_factory=list)
+
+
+class Writer:
+    """Writes conversations, many at a time, one token per slot and step.
+
+    A conversation depends on its seed alone, not on its slot. Raises ValueError for a checkpoint without a chat template.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, slots: int):
+        if not tokenizer.has_chat_template:
+            raise ValueError("self-distillation needs a checkpoint with a chat template; pass conversations with --data")
+        mark = "\u241e"
+        rendered = tokenizer.render_chat([{"role": "user", "content": mark}])
+        before, after = rendered.split(mark)
+        self._tokenizer = tokenizer
+        self._prefix, self._suffix = self._encode(before), self._encode(after)
+        self._eos = frozenset(model.config.eos_token_ids)
+        self._special = frozenset(tokenizer.special_ids)
+        rows = len(self._prefix) + len(self._suffix) + MAX_USER_TOKENS + MAX_ANSWER_TOKENS + 16
+        self._cache = model.new_cache(slots, rows)
+        device, root = model.device, Tree.from_choices([])
+        self._forward = Forward(model, self._cache, 1, root.depths.to(device), root.mask_words.to(device))
+        logits, self._head = model.head(self._forward.hidden)
+        self._next = torch.empty(slots, dtype=torch.int32, device=device)
+
+        def column(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((slots,), value, dtype=dtype, device=device)
+
+        self._how = Acceptance(
+            mode=column(0, torch.int32),
+            temperature=column(USER_TEMPERATURE, torch.float32),
+            top_p=column(USER_TOP_P, torch.float32),
+            top_k=column(0, torch.int32),
+            posterior_threshold=column(0, torch.float32),
+            posterior_alpha=column(0, torch.float32),
+            seed=column(0, torch.int64),
+            offset=column(0, torch.int64),
+        )
+        nodes, length = torch.empty(slots, 1, dtype=torch.int32, device=device), torch.empty_like(self._next)
+        self._choose = bind(
+            model.launch["verify_tree"],
+            *(logits.view(slots, 1, -1), self._forward.tokens, root.parents.to(device), self._how),
+            *(nodes, length, self._next),
+        )
+        self._slots: list[_Slot] = []
+
+    def conversations(self, seed: int):
+        """Endless conversations, in the order in which they end."""
+        seeds = (seed * 1_000_003 + i for i in itertools.count())
+        self._slots = [self._begin(next(seeds), fed=0) for _ in range(self._cache.batch)]
+        while True:
+            for i, (slot, token, hidden) in enumerate(self._step()):
+                if slot.fed < len(slot.ids):
+                    continue  # the token that follows is already given
+                if done := self._append(slot, token, hidden):
+                    if isinstance(done, Conversation):
+                        yield done
+                    # The prefix's rows in the cache serve every conversation of the slot.
+                    self._slots[i] = self._begin(next(seeds), fed=len(self._prefix) - 1)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _begin(self, seed: int, fed: int) -> _Slot:
+        generator = torch.Generator().manual_seed(seed)
+        opening = OPENINGS[int(torch.randint(len(OPENINGS), (), generator=generator))]
+        return _Slot(self._prefix + self._encode(opening), len(self._prefix), seed, fed)
+
+    def _step(self):
+        sampling, greedy = MODES.index("lossless"), MODES.index("greedy")
+        fed = torch.tensor([s.fed for s in self._slots])
+        self._forward.tokens[:, 0] = torch.tensor([s.ids[s.fed] for s in self._slots])
+        self._cache.seqlens.copy_(fed)
+        self._how.offset.copy_(fed)
+        self._how.seed.copy_(torch.tensor([s.seed for s in self._slots]))
+        self._how.mode.copy_(torch.tensor([sampling if s.answer_start is None else greedy for s in self._slots]))
+        self._forward.run()
+        self._head()
+        self._choose()
+        hidden = self._forward.hidden.to("cpu", torch.bfloat16)
+        for slot in self._slots:
+            slot.fed += 1
+        return list(zip(self._slots, self._next.tolist(), hidden, strict=True))
+
+    def _append(self, slot: _Slot, token: int, hidden: Tensor) -> Conversation | bool:
+        """Takes the model's next token. Returns the conversation once its answer ended, True for one to drop, else False."""
+        if slot.answer_start is None:
+            length = len(slot.ids) - slot.user_start
+            if token == self._suffix[0] and length >= 3:
+                slot.ids += self._suffix
+                slot.answer_start = len(slot.ids)
+                return False
+            slot.ids.append(token)
+            return length >= MAX_USER_TOKENS or token in self._special
+        slot.ids.append(token)
+        slot.hidden.append(hidden.clone())
+        if token not in self._eos and len(slot.ids) - slot.answer_start < MAX_ANSWER_TOKENS:
+            return False
+        return Conversation(torch.tensor(slot.ids, dtype=torch.int32), slot.answer_start, torch.stack(slot.hidden))
+
+
+def write_conversations(writer: Writer, folder: Path, positions: int, seed: int) -> None:
+    """Fills `folder` with shards until they hold `positions` answer tokens; goes on after those that are there."""
+    existing = shard_paths(folder)
+    done = len(existing) * SHARD_POSITIONS
+    with tqdm(total=positions, initial=min(done, positions), unit="tok", desc="write text", disable=None) as bar:
+        shard: list[Conversation] = []
+        size = 0
+        for conversation in writer.conversations(seed * 1_000_003 + len(existing)):
+            if done >= positions:
+                return
+            shard.append(conversation)
+            size += len(conversation.answer)
+            bar.update(len(conversation.answer))
+            if size >= SHARD_POSITIONS:
+                write_shard(folder / f"shard-{len(shard_paths(folder)):04d}.safetensors", shard)
+                done += size
+                shard, size = [], 0
+
+
+def add_hidden(model: Model, conversations: list[Conversation]) -> list[Conversation]:
+    """The same conversations with the hidden rows that chose their answers' tokens, by one prefill each."""
+    longest = max(len(c.ids) for c in conversations)
+    cache = model.new_cache(1, longest)
+    chunk = 128
+    passes: dict[int, Forward] = {}
+    result = []
+    for conversation in tqdm(conversations, desc="hidden rows", disable=None):
+        cache.seqlens.zero_()
+        rows = []
+        for part in conversation.ids[:-1].split(chunk):
+            n = len(part)
+            if n not in passes:
+                chain = Tree.named(f"chain-{n - 1}") if n > 1 else Tree.from_choices([])
+                passes[n] = Forward(model, cache, n, chain.depths.to(model.device), chain.mask_words.to(model.device))
+            passes[n].tokens.copy_(part)
+            passes[n].run()
+            cache.seqlens.add_(n)
+            rows.append(passes[n].hidden.to("cpu", torch.bfloat16))
+        hidden = torch.cat(rows)[conversation.answer_start - 1 :]
+        result.append(Conversation(conversation.ids, conversation.answer_start, hidden))
+    return result

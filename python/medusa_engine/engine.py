@@ -1,0 +1,302 @@
+"""Medusa: a model, its heads and a tree, ready to generate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from medusa_kernels import Tree
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .decode import Decoder
+from .draft import MedusaDrafter
+from .heads import MedusaHeads, base_model_of, heads_from_tensors, is_heads_only, load_heads
+from .model import DTYPES, Model
+from .output import Chunk, Output, Stats, Transcript
+from .sampling import SamplingOptions
+from .stopwatch import Stopwatch
+from .tree_choice import choose_tree
+
+DEFAULT_HEADS = Path(__file__).parent / "smollm2_heads"
+DEFAULT_MAX_SEQLEN = 4096
+
+Prompt = str | Sequence[int]
+
+
+class Medusa:
+    """Generates text with a Llama-family model, several tokens a step where Medusa heads are there.
+
+    Build one with `from_pretrained`. Not thread-safe: one call at a time.
+
+    Attributes:
+        model, tokenizer: the base model and its tokenizer.
+        heads: the Medusa heads, or None: plain decoding only.
+        backend, dtype: as chosen; "auto" and None resolved.
+        max_seqlen: prompt + new tokens at most.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, heads: MedusaHeads | None, model: Model, tree: object, max_seqlen: int):
+        self.model, self.tokenizer, self.heads, self.max_seqlen = model, checkpoint.tokenizer, heads, max_seqlen
+        self.backend, self.dtype = model.backend, model.dtype_name
+        self._eos = tuple(checkpoint.config.eos_token_ids) or tuple(self.tokenizer.eos_token_ids)
+        self._drafter = None if heads is None else MedusaDrafter(model, heads)
+        self._tree = tree
+        if self._drafter is not None:
+            self.tree(1)  # a bad tree is an error now, not at the first prompt
+        self._decoders: dict[bool, Decoder] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike = "default",
+        heads: str | os.PathLike | None = None,
+        *,
+        draft: str = "medusa",
+        backend: str = "auto",
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+        tree: str | int | Sequence[Sequence[int]] | Tree = "auto",
+        max_seqlen: int | None = None,
+    ) -> Medusa:
+        """Loads a model and its Medusa heads.
+
+        Args:
+            model: "default" (SmolLM2-135M-Instruct and the heads shipped for it, fetched when missing), a folder, a .gguf
+                file or a hub id. A folder that holds only heads stands for them and the base model they name.
+            heads: a folder, file or hub id. None with another model: the Medusa-2 heads inside it, else plain decoding only.
+            draft: "medusa".
+            backend: "auto", "reference", "cpu", "cuda" or "triton".
+            device: None is CUDA where `backend` can run there and a GPU is present, else the CPU.
+            dtype: "float32", "bfloat16", "float16" (CUDA) or "int8" (CPU); None is "bfloat16". On the CPU bfloat16 means
+                bf16 weights and K/V with fp32 activations and sums.
+            tree: "auto", a name (`Tree.names()`), choices, a Tree, or the most nodes it may have, the root counted.
+            max_seqlen: prompt + new tokens at most; None is min(context, 4096).
+
+        Raises:
+            ValueError: an option, or a checkpoint, is not as above; the message names it.
+        """
+        if draft != "medusa":
+            raise ValueError(f"draft must be 'medusa', not {draft!r}")
+        device = _device(device, backend)
+        dtype = _dtype(dtype, device)
+        if os.fspath(model) == "default" and heads is None:
+            heads = DEFAULT_HEADS
+        elif is_heads_only(model):
+            if heads is not None:
+                raise ValueError(f"model {os.fspath(model)!r} holds only Medusa heads, so heads must be None")
+            heads, base = model, base_model_of(model)
+            if base is None:
+                raise ValueError(f"model {os.fspath(model)!r} holds only Medusa heads and names no base_model_name_or_path")
+            model = base
+        checkpoint = open_checkpoint(model)
+        config = checkpoint.config
+        max_seqlen = _max_seqlen(max_seqlen, checkpoint)
+        sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+        if heads is not None:
+            found = load_heads(heads, **sizes)
+        elif names := checkpoint.medusa_names():
+            tensors = {name: checkpoint.tensor(name) for name in names}
+            found = heads_from_tensors(tensors, {}, source=str(checkpoint.path), **sizes)
+        else:
+            found = None
+        # The last step may begin at max_seqlen - 1 and its deepest node stands at most 255 positions further.
+        built = Model(checkpoint, backend=backend, device=device, dtype=dtype, max_positions=max_seqlen + 256)
+        return cls(checkpoint, found, built, tree, max_seqlen)
+
+    def tree(self, batch: int, medusa: bool = True) -> Tree:
+        """The tree that a batch of this size decodes with; the root alone is plain decoding."""
+        if not medusa:
+            return Tree.from_choices([])
+        return choose_tree(self._tree, self._drafter, device=self.model.device, batch=batch)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 128,
+        *,
+        mode: str | Sequence[str] = "greedy",
+        temperature: float | Sequence[float] = 1.0,
+        top_p: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        posterior_threshold: float | Sequence[float] = 0.09,
+        posterior_alpha: float | Sequence[float] = 0.3,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        ignore_eos: bool = False,
+        medusa: bool = True,
+        chat: bool = True,
+    ) -> Output:
+        """Answers one prompt, or many at once.
+
+        Args:
+            prompts: a str or a flat list of token ids is one prompt; a list of strs or of lists is many, even of length 1.
+                A str goes through the checkpoint's chat template if it has one; ids are taken as they are.
+            max_new_tokens: at least 1; with the longest prompt at most `max_seqlen`.
+            mode, temperature, top_p, top_k, posterior_threshold, posterior_alpha: see `medusa_kernels.verify_tree`; one
+                value, or one per prompt.
+            seed: an int or one per prompt; a sequence's tokens depend on its seed and its prompt alone.
+            stop: a string or several; the text ends before the first one that appears.
+            ignore_eos: go on after an end-of-sequence token.
+            medusa: False is plain autoregressive decoding by the same kernels.
+            chat: False leaves out the chat template.
+
+        Returns:
+            An `Output`: str, list of ids and finish reason for one prompt, lists of them for many, and `Stats`.
+
+        Raises:
+            ValueError, TypeError: an argument is not as above, before any work.
+        """
+        many, ids = self._encode(prompts, chat)
+        options = SamplingOptions(mode, temperature, top_p, top_k, posterior_threshold, posterior_alpha, seed)
+        decoder, acceptance, transcripts = self._prepare(ids, max_new_tokens, options, stop, ignore_eos, medusa)
+        stats = [Stats() for _ in ids]
+        watch = Stopwatch()
+        for transcript, token in zip(transcripts, decoder.start(ids, acceptance), strict=True):
+            transcript.push([token])
+        prefill_seconds = watch.lap()
+        self._retire(decoder, transcripts)
+        while any(t.finish_reason is None for t in transcripts):
+            tokens = decoder.step()
+            elapsed = watch.elapsed()
+            for one, transcript, gained in zip(stats, transcripts, tokens, strict=True):
+                if transcript.finish_reason is None:
+                    transcript.push(gained)
+                    one.steps += 1
+                    one.accepted += len(gained)
+                    one.decode_seconds = elapsed
+            self._retire(decoder, transcripts)
+        for one, transcript in zip(stats, transcripts, strict=True):
+            one.new_tokens, one.prefill_seconds = len(transcript.token_ids), prefill_seconds
+        total = Stats.of_many(stats, prefill_seconds, max(s.decode_seconds for s in stats))
+        fields = [[t.text for t in transcripts], [t.token_ids for t in transcripts], [t.finish_reason for t in transcripts]]
+        return Output(*(f if many else f[0] for f in fields), total if many else stats[0])
+
+    def stream(self, prompt: Prompt, max_new_tokens: int = 128, **options) -> Iterator[Chunk]:
+        """Answers one prompt chunk by chunk: the prefill's token, then one chunk a step. Takes `generate`'s options.
+
+        The chunks' texts join to `generate`'s text. Raises as `generate` does, at once.
+        """
+        extra = {name: options.pop(name, default) for name, default in _STREAM_DEFAULTS.items()}
+        many, ids = self._encode(prompt, extra.pop("chat"))
+        if many:
+            raise ValueError("stream takes one prompt: a str or a flat list of token ids")
+        decoder, acceptance, transcripts = self._prepare(ids, max_new_tokens, SamplingOptions(**options), **extra)
+        return self._chunks(decoder, acceptance, ids, transcripts)
+
+    def _chunks(self, decoder, acceptance, ids, transcripts) -> Iterator[Chunk]:
+        (transcript,) = transcripts
+        tokens = decoder.start(ids, acceptance)
+        while True:
+            before = len(transcript.token_ids)
+            text = transcript.push(tokens)
+            yield Chunk(text, transcript.token_ids[before:], len(tokens) - 1)
+            if transcript.finish_reason is not None:
+                return
+            (tokens,) = decoder.step()
+
+    def _prepare(self, ids, max_new_tokens, options: SamplingOptions, stop, ignore_eos, medusa):
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}")
+        longest = max(map(len, ids))
+        if longest + max_new_tokens > self.max_seqlen:
+            raise ValueError(
+                f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} is more than max_seqlen {self.max_seqlen}"
+            )
+        if medusa and self._drafter is None:
+            raise ValueError("this model has no Medusa heads: pass heads=... to from_pretrained, or medusa=False here")
+        stop = [stop] if isinstance(stop, str) else list(stop or ())
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop must be a non-empty string or several, not {stop!r}")
+        acceptance = options.acceptance(len(ids), self.model.device)
+        eos = () if ignore_eos else self._eos
+        transcripts = [
+            Transcript(self.tokenizer, eos_token_ids=eos, stop=stop, max_new_tokens=max_new_tokens) for _ in ids
+        ]
+        return self._decoder(len(ids), longest + max_new_tokens, medusa), acceptance, transcripts
+
+    def _decoder(self, batch: int, seqlen: int, medusa: bool) -> Decoder:
+        """A decoder for this batch; the last one of its kind is kept, since binding it takes a moment."""
+        tree = self.tree(batch, medusa)
+        kept = self._decoders.get(medusa)
+        if kept is None or kept.batch != batch or kept.max_seqlen < seqlen or kept.tree != tree:
+            self._decoders.pop(medusa, None)  # its cache goes before the next one comes
+            rows = min(self.max_seqlen, -(-seqlen // 256) * 256)
+            kept = Decoder(self.model, self._drafter, tree, batch=batch, max_seqlen=rows)
+            self._decoders[medusa] = kept
+        return kept
+
+    @staticmethod
+    def _retire(decoder: Decoder, transcripts: list[Transcript]) -> None:
+        for b, transcript in enumerate(transcripts):
+            if transcript.finish_reason is not None:
+                decoder.active[b] = 0
+
+    def _encode(self, prompts, chat: bool) -> tuple[bool, list[list[int]]]:
+        """Whether there are many prompts, and the token ids of each."""
+        if not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a str, a list of token ids, or a list of those, not {type(prompts).__name__}")
+        many = not isinstance(prompts, str) and not all(_is_id(p) for p in prompts)
+        listed = list(prompts) if many else [prompts]
+        return many, [self._encode_one(p, f"prompts[{i}]" if many else "prompt", chat) for i, p in enumerate(listed)]
+
+    def _encode_one(self, prompt: Prompt, name: str, chat: bool) -> list[int]:
+        if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and all(_is_id(t) for t in prompt)):
+            raise TypeError(f"{name} must be a str or a list of token ids, not {prompt!r:.80}")
+        if not len(prompt):
+            raise ValueError(f"{name} is empty")
+        if not isinstance(prompt, str):
+            vocab = self.model.config.vocab_size
+            if bad := [t for t in prompt if not 0 <= t < vocab]:
+                raise ValueError(f"{name} holds token id {bad[0]}; ids must be between 0 and {vocab - 1}")
+            return [int(t) for t in prompt]
+        if chat and self.tokenizer.has_chat_template:
+            return self.tokenizer.encode_chat(prompt)
+        ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise ValueError(f"{name} has no tokens: {prompt!r:.80}")
+        return ids
+
+
+_STREAM_DEFAULTS = {"stop": None, "ignore_eos": False, "medusa": True, "chat": True}
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _device(device: str | torch.device | None, backend: str) -> torch.device:
+    if device is None:
+        wants_gpu = backend in ("cuda", "triton") or (backend == "auto" and torch.cuda.is_available())
+        return torch.device("cuda" if wants_gpu else "cpu")
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or CUDA device, not {device}")
+    return device
+
+
+def _dtype(dtype: str | None, device: torch.device) -> str:
+    if dtype is None:
+        return "bfloat16"
+    allowed = [name for name in DTYPES if name != ("float16" if device.type == "cpu" else "int8")]
+    if dtype not in allowed:
+        raise ValueError(f"dtype on {device.type} must be one of {', '.join(map(repr, allowed))}, not {dtype!r}")
+    return dtype
+
+
+def _max_seqlen(max_seqlen: int | None, checkpoint: Checkpoint) -> int:
+    config = checkpoint.config
+    limits = {"the context it was trained for": config.max_position_embeddings, "its sliding window": config.sliding_window}
+    if config.rope.kind == "dynamic":  # made to go further
+        del limits["the context it was trained for"]
+    limits = {what: limit for what, limit in limits.items() if limit is not None}
+    if max_seqlen is None:
+        return min(DEFAULT_MAX_SEQLEN, *limits.values()) if limits else DEFAULT_MAX_SEQLEN
+    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 2:
+        raise ValueError(f"max_seqlen must be an int of at least 2, not {max_seqlen!r}")
+    for what, limit in limits.items():
+        if max_seqlen > limit:
+            raise ValueError(f"max_seqlen {max_seqlen} is more than the model allows: {what} is {limit}")
+    return max_seqlen

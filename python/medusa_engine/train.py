@@ -1,0 +1,296 @@
+"""Trains Medusa-1 heads: the base model frozen, the heads on its hidden rows, its LM head shared (Medusa, section 2.2.1)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dataset import Conversation
+from .heads import MedusaHeads
+
+RANKS = 32  # ranks whose accuracy is measured: more than any tree of 256 nodes reads of a good head
+HELD_OUT = 50  # every 50th conversation is held out
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a run depends on besides its data; a resumed run must have the same."""
+
+    heads: int = 4
+    layers: int = 1
+    draft_vocab: int = 8192
+    epochs: int = 3
+    batch: int = 512  # positions of a step, rounded up to whole conversations
+    learning_rate: float = 1e-2
+    head_decay: float = 0.8  # head h's loss counts head_decay ** h, as in the paper
+    seed: int = 0
+
+
+class Heads(torch.nn.Module):
+    """Residual SiLU blocks of every head: zero weights, so that training starts from the base's own next-token guess."""
+
+    def __init__(self, heads: int, layers: int, hidden_size: int):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleList(torch.nn.Linear(hidden_size, hidden_size) for _ in range(layers)) for _ in range(heads)
+        )
+        for parameter in self.parameters():
+            torch.nn.init.zeros_(parameter)
+
+    def forward(self, hidden: Tensor, head: int) -> Tensor:
+        x = hidden
+        for block in self.blocks[head]:
+            x = x + F.silu(block(x))
+        return x
+
+    def stacked(self, name: str) -> Tensor:
+        """Every block's "weight" or "bias" in one tensor (heads, layers, ...)."""
+        return torch.stack([torch.stack([getattr(b, name).detach().cpu() for b in blocks]) for blocks in self.blocks])
+
+
+class Optimizer:
+    """Muon for the blocks' matrices, Adam for their biases: Muon needs a third of Adam's steps here."""
+
+    def __init__(self, module: Heads, learning_rate: float):
+        matrices = [p for p in module.parameters() if p.ndim == 2]
+        biases = [p for p in module.parameters() if p.ndim == 1]
+        self._parts = [
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0),
+            torch.optim.Adam(biases, lr=0.1 * learning_rate, betas=(0.9, 0.95)),
+        ]
+        self._peaks = [group["lr"] for part in self._parts for group in part.param_groups]
+
+    def step(self, schedule: float) -> None:
+        """One update at `schedule` times the peak learning rate; gradients are dropped."""
+        groups = [group for part in self._parts for group in part.param_groups]
+        for group, peak in zip(groups, self._peaks, strict=True):
+            group["lr"] = peak * schedule
+        for part in self._parts:
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> list[dict]:
+        return [part.state_dict() for part in self._parts]
+
+    def restore(self, state: list[dict]) -> None:
+        for part, saved in zip(self._parts, state, strict=True):
+            part.load_state_dict(saved)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole conversations, one after another.
+
+    Attributes:
+        hidden: (positions, hidden_size).
+        labels: (heads, positions) draft ids that head h should guess there; -1 past the answer's end or outside the
+            draft vocabulary.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+
+
+class Trainer:
+    """One training run in a folder: `state.pt` to resume from, `log.jsonl` with every loss and measurement.
+
+    Args:
+        folder: of the run; made when missing.
+        lm_head: (vocab, hidden_size), the base's.
+        conversations: with their hidden rows.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        options: TrainOptions,
+        lm_head: Tensor,
+        conversations: list[Conversation],
+        device: torch.device,
+    ):
+        self.folder, self.options, self.device = Path(folder), options, device
+        self.compute_dtype = _fast_dtype(device)
+        train = [c for i, c in enumerate(conversations) if i % HELD_OUT]
+        self.train, self.held_out = train, conversations[::HELD_OUT]
+        if not train:
+            raise ValueError(f"training needs at least two conversations, not {len(conversations)}")
+        self.token_map = most_frequent_tokens(train, options.draft_vocab, lm_head.shape[0])
+        self._draft_id = torch.full((lm_head.shape[0],), -1, dtype=torch.int64)
+        self._draft_id[self.token_map.long()] = torch.arange(len(self.token_map))
+        self._lm_head = lm_head[self.token_map.long()].to(device, self.compute_dtype)
+        self.module = Heads(options.heads, options.layers, lm_head.shape[1]).to(device)
+        self._optimizer = Optimizer(self.module, options.learning_rate)
+        self.positions = sum(len(c.answer) for c in train)
+        self.step = 0
+        self.total_steps = options.epochs * len(list(self._groups(0)))
+        self._restore()
+
+    def run(self, on_step: Callable[[int, float], None], *, save_every: int = 100) -> None:
+        """Trains to the end, or on from where the run in this folder stopped; Ctrl-C saves first."""
+        try:
+            for step, batch in self._remaining():
+                loss = self._loss_and_gradients(batch)
+                self._optimizer.step(_schedule(step / self.total_steps))
+                self.step = step + 1
+                self._log({"step": self.step, "loss": loss})
+                on_step(self.step, loss)
+                if self.step % save_every == 0:
+                    self.save()
+        finally:
+            self.save()
+
+    def result(self) -> MedusaHeads:
+        """The heads as they are now, with the accuracy of each rank of each head on the held-out conversations."""
+        accuracy = self.accuracy()
+        self._log({"step": self.step, "accuracy": accuracy})
+        metadata = {
+            "accuracy": [[round(p, 5) for p in row] for row in accuracy],
+            "training": {**asdict(self.options), "positions": self.positions},
+        }
+        weight, bias = self.module.stacked("weight"), self.module.stacked("bias")
+        return MedusaHeads(weight, bias, token_map=self.token_map, metadata=metadata)
+
+    @torch.no_grad()
+    def ranks(self, conversation: Conversation) -> Tensor:
+        """(heads, positions): the rank of the right token among each head's guesses; RANKS where it is lower or absent."""
+        batch = self._batch([conversation])
+        rows = []
+        for head, labels in enumerate(batch.labels):
+            logits = (self.module(batch.hidden, head).to(self.compute_dtype) @ self._lm_head.T).float()
+            right = logits.gather(1, labels.clamp(min=0)[:, None])
+            rank = (logits > right).sum(dim=1).clamp(max=RANKS)
+            rows.append(torch.where(labels < 0, RANKS, rank))
+        return torch.stack(rows).cpu()
+
+    def accuracy(self) -> list[list[float]]:
+        """Per head and rank: the share of held-out positions where exactly that rank is right."""
+        counts = torch.zeros(self.options.heads, RANKS + 1)
+        positions = torch.zeros(self.options.heads)
+        for conversation in self.held_out:
+            for head, ranks in enumerate(self.ranks(conversation)):
+                inside = ranks[: max(0, len(conversation.answer) - 1 - head)]
+                counts[head] += torch.bincount(inside, minlength=RANKS + 1)
+                positions[head] += len(inside)
+        return (counts[:, :RANKS] / positions.clamp(min=1)[:, None]).tolist()
+
+    def _loss_and_gradients(self, batch: Batch) -> float:
+        """Sum over the heads of head_decay ** h times the mean cross-entropy; gradients are left in the module."""
+        total = 0.0
+        for head, labels in enumerate(batch.labels):
+            x = self.module(batch.hidden, head)
+            loss, gradient = self._cross_entropy(x.detach(), labels)
+            decay = self.options.head_decay**head
+            x.backward(gradient.mul_(decay))
+            total += decay * loss
+        return total
+
+    @torch.no_grad()
+    def _cross_entropy(self, x: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+        """Mean cross-entropy over the labelled rows and its gradient for x, in slices whose logits fit a cache."""
+        gradient = torch.zeros_like(x)
+        rows = (labels >= 0).nonzero()[:, 0]
+        loss = 0.0
+        for part in rows.split(512):
+            logits = (x[part].to(self.compute_dtype) @ self._lm_head.T).float()
+            logp = logits.log_softmax(dim=1)
+            target = labels[part, None]
+            loss -= float(logp.gather(1, target).sum())
+            slope = logp.exp_()
+            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
+            gradient[part] = (slope.to(self.compute_dtype) @ self._lm_head).to(gradient.dtype)
+        return loss / max(1, len(rows)), gradient.div_(max(1, len(rows)))
+
+    def _groups(self, epoch: int) -> Iterator[list[int]]:
+        """Conversations of each step of an epoch, in an order that seed and epoch decide."""
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
+        group: list[int] = []
+        size = 0
+        for i in torch.randperm(len(self.train), generator=generator).tolist():
+            group.append(i)
+            size += len(self.train[i].answer)
+            if size >= self.options.batch:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _remaining(self) -> Iterator[tuple[int, Batch]]:
+        step = 0
+        for epoch in range(self.options.epochs):
+            for group in self._groups(epoch):
+                if step >= self.step:
+                    yield step, self._batch([self.train[i] for i in group])
+                step += 1
+
+    def _batch(self, conversations: list[Conversation]) -> Batch:
+        labels = []
+        for conversation in conversations:
+            ids = self._draft_id[conversation.answer.long()]
+            shifted = [F.pad(ids[h + 1 :], (0, min(h + 1, len(ids))), value=-1) for h in range(self.options.heads)]
+            labels.append(torch.stack(shifted))
+        hidden = torch.cat([c.hidden for c in conversations]).to(self.device, torch.float32)
+        return Batch(hidden, torch.cat(labels, dim=1).to(self.device))
+
+    def save(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "options": asdict(self.options),
+            "step": self.step,
+            "module": self.module.state_dict(),
+            "optimizer": self._optimizer.state(),
+        }
+        partial = self.folder / "state.pt.partial"
+        try:
+            torch.save(state, partial)
+            os.replace(partial, self.folder / "state.pt")
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _restore(self) -> None:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["options"] != asdict(self.options):
+            changed = [k for k, v in asdict(self.options).items() if state["options"].get(k) != v]
+            raise ValueError(f"{path} is of a run with another {', '.join(changed)}: use another folder, or the same options")
+        self.module.load_state_dict(state["module"])
+        self._optimizer.restore(state["optimizer"])
+        self.step = state["step"]
+
+    def _log(self, row: dict) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def most_frequent_tokens(conversations: list[Conversation], count: int, vocab_size: int) -> Tensor:
+    """int32 (count,), ascending: the tokens that answers hold most often; equally rare ones by id."""
+    frequency = torch.zeros(vocab_size, dtype=torch.int64)
+    for conversation in conversations:
+        frequency += torch.bincount(conversation.answer.long(), minlength=vocab_size)
+    ranked = torch.sort(frequency, descending=True, stable=True).indices
+    return ranked[: min(count, vocab_size)].sort().values.int()
+
+
+def _schedule(progress: float) -> float:
+    """Linear warm-up over the first 2%, then a cosine to 2% of the peak."""
+    warm_up = 0.02
+    if progress < warm_up:
+        return (progress + 1e-3) / warm_up
+    return 0.02 + 0.98 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (progress - warm_up) / (1 - warm_up)))))
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it; elsewhere fp32, which is faster than emulated bf16."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32

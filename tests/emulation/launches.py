@@ -1,0 +1,20 @@
+"""The launches of the backend "cuda-emulated": those of CUDA, taking CPU tensors."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from tests.backends import OPS
+
+from . import build
+
+
+def launch(op: str, *tensors) -> None:
+    native = importlib.import_module(f"medusa_kernels.native.{op}")
+    emulated = build.module().cuda
+    arguments = getattr(native, "cuda_arguments", native.arguments)(*tensors)
+    getattr(emulated, op)(*arguments, 0)
+
+
+LAUNCHES = {op: functools.partial(launch, op) for op in OPS if hasattr(build.module().cuda, op)}
