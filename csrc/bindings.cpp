@@ -270,9 +270,11 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(count, reason);
   });
   py::module_ g = m.def_submodule("cuda");
+  def_cuda(g, "tree_attention", tree_attention, cuda::tree_attention, cuda::tree_attention_workspace);
   def_cuda(g, "rotary_append", rotary_append, cuda::rotary_append);
   def_cuda(g, "rms_norm", rms_norm, cuda::rms_norm);
   def_cuda(g, "silu_mul", silu_mul, cuda::silu_mul);
+  def_cuda(g, "verify_tree", verify_tree, cuda::verify_tree, cuda::verify_tree_workspace);
   def_cuda(g, "compact_kv", compact_kv, cuda::compact_kv);
 #else
   m.attr("built_with_cuda") = false;

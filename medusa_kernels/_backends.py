@@ -48,7 +48,9 @@ class Native:
         arguments = self.arguments(*tensors)
         if self.device == "cuda":
             arguments += (torch.cuda.current_stream().cuda_stream,)
-        return functools.partial(self.function, *arguments)
+        call = functools.partial(self.function, *arguments)
+        call.kept_alive = tensors  # the addresses must stay theirs
+        return call
 
 
 class Lazy:

@@ -33,7 +33,7 @@ def tensor(
         wanted = tuple(shape)
         found = tuple(value.shape)
         if len(found) != len(wanted) or any(w is not None and w != f for w, f in zip(wanted, found, strict=True)):
-            text = ", ".join("any" if w is None else str(w) for w in wanted)
+            text = ", ".join("any" if w is None else str(w) for w in wanted) + "," * (len(wanted) == 1)
             raise ValueError(f"{name} must have shape ({text}), not {found}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device}, like the first argument, not on {value.device}")

@@ -80,7 +80,9 @@ def _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map,
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
     if isinstance(block_weight, PackedLinear) or isinstance(lm_head_weight, PackedLinear):
-        backend = "cpu" if backend == "auto" else backend
+        if backend not in ("auto", "cpu"):
+            raise ValueError(f"a packed weight runs on backend 'cpu', not {backend!r}")
+        backend = "cpu"
     launch = resolve("draft_heads", BACKENDS, backend, hidden.device)
     draft_tokens = torch.empty(batch, heads, top_k, dtype=torch.int32, device=hidden.device)
     logprobs = torch.empty(batch, heads, top_k, dtype=torch.float32, device=hidden.device)

@@ -52,5 +52,5 @@ def auto_backend(device: torch.device) -> str:
 
 
 def bind(launch: Callable[..., None], *tensors) -> Callable[[], None]:
-    """A call that repeats this launch on these very tensors, which must stay alive and in place."""
+    """A call that repeats this launch on these very tensors, and keeps them alive."""
     return launch.bind(*tensors) if isinstance(launch, Native) else functools.partial(launch, *tensors)

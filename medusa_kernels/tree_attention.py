@@ -7,13 +7,14 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
+from .native import with_workspace
 from .native.tree_attention import arguments
 from .reference import tree_attention as reference
 
 BACKENDS = {
     "reference": reference.launch,
     "cpu": Native("cpu", "tree_attention", arguments),
-    "cuda": Native("cuda", "tree_attention", arguments),
+    "cuda": Native("cuda", "tree_attention", with_workspace("tree_attention", arguments)),
     "triton": Lazy("medusa_kernels.triton.tree_attention"),
 }
 

@@ -12,15 +12,17 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
+from .native import with_workspace
 from .native.verify_tree import arguments
 from .reference import verify_tree as reference
 
 MODES = ("greedy", "typical", "lossless")
+MIN_TEMPERATURE = 1e-5  # below it logits / temperature may overflow fp32
 
 BACKENDS = {
     "reference": reference.launch,
     "cpu": Native("cpu", "verify_tree", arguments),
-    "cuda": Native("cuda", "verify_tree", arguments),
+    "cuda": Native("cuda", "verify_tree", with_workspace("verify_tree", arguments)),
     "triton": Lazy("medusa_kernels.triton.verify_tree"),
 }
 
@@ -69,7 +71,7 @@ def verify_tree(
         tree_tokens: int32 (batch, n), the root's included.
         parents: int32 (n,) or (batch, n), see `Tree.parents`; on the CPU or on the logits' device.
         mode: "greedy", "typical" or "lossless", one or one per sequence; so too the numbers that follow:
-        temperature: >= 0. top_p: in (0, 1]. top_k: >= 0, 0 is off.
+        temperature: 0 (greedy) or >= 1e-5. top_p: in (0, 1]. top_k: >= 0, 0 is off.
         posterior_threshold, posterior_alpha: >= 0.
         seed: an int for all sequences, int64 (batch,), or None for fresh entropy.
         offset: int64 (batch,), the absolute position of the root; None is 0.
@@ -165,7 +167,10 @@ def _check_column(name: str, value: Tensor) -> None:
     good = (value > low if above else value >= low) & (value <= high) & value.isfinite()
     if not bool(good.all()):
         limit = "" if high == math.inf else f" and at most {high}"
-        raise ValueError(f"{name} must be finite, {'above' if above else 'at least'} {low}{limit}, not {value[~good][0].item()}")
+        found = value[~good][0].item()
+        raise ValueError(f"{name} must be finite, {'above' if above else 'at least'} {low}{limit}, not {found}")
+    if name == "temperature" and bool(((value > 0) & (value < MIN_TEMPERATURE)).any()):
+        raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {value[value > 0].min().item():.3g}")
 
 
 def _seeds(batch: int, seed: int | Tensor | None) -> Tensor:

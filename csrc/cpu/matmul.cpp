@@ -13,7 +13,7 @@ constexpr int kLine = 64;
 
 // How many rows share a weight load: the sums must fit the registers, with some left for weights and a broadcast.
 constexpr int kFloatRows = kRegisters == 32 ? 12 : 6;
-constexpr int kInt8Rows = kRegisters == 32 ? 8 : 4;
+constexpr int kInt8Rows = kRegisters == 32 ? 12 : 4;
 
 inline void load_strip(const float* p, int strip, Vec& low, Vec& high) {
   low = load(p + strip * kWidth);

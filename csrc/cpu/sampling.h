@@ -124,11 +124,12 @@ inline int draw(const void* logits, DType dtype, int vocab, float temperature, f
   add_up();
   if (top_p < 1) {
     const auto weight = [&](int i) { return static_cast<double>(weights[i]); };
-    apply_cut(find_cut(vocab, top_p * total, bins, logit, weight), vocab, logit, weights);
+    apply_cut(find_cut(vocab, top_p * static_cast<float>(total), bins, logit, weight), vocab, logit, weights);
     add_up();
   }
 
-  const double limit = philox_uniform(seed, counter) * total;
+  // Like top_p's, this product is the definition's: rounded to fp32.
+  const double limit = philox_uniform(seed, counter) * static_cast<float>(total);
   double running = 0;
   int token = -1;
   for_spans(weights, vocab, [&](int begin, int count, double part) {

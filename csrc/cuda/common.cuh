@@ -1,5 +1,6 @@
 // What several kernels share: dtype dispatch, wide loads, reductions.
 #pragma once
+#include <algorithm>
 #include <initializer_list>
 
 #include "cuda/ptx.cuh"
@@ -20,6 +21,12 @@ int with_type(DType dtype, F f) {
   }
 }
 
+// As with_type, for what runs on tensor cores.
+template <class F>
+int with_half_type(DType dtype, F f) {
+  return dtype == DType::bf16 ? f(bf16{}) : f(f16{});
+}
+
 // f(integral constant 16 / sizeof(T)) where 16-byte accesses are allowed, else f(1).
 template <class T, class F>
 int with_width(bool aligned16, F f) {
@@ -34,10 +41,7 @@ inline bool multiple_of_16(std::initializer_list<const void*> addresses, std::in
   return bits % 16 == 0;
 }
 
-template <class T>
-int64_t ceil_div(T a, T b) {
-  return (static_cast<int64_t>(a) + b - 1) / b;
-}
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // N elements moved by as few accesses as their size allows.
 template <class T, int N>
@@ -90,6 +94,20 @@ __device__ __forceinline__ float block_sum(float x, float* partial) {
   const float mine = threadIdx.x % 32 < blockDim.x / 32 ? partial[threadIdx.x % 32] : 0.0f;
   __syncthreads();  // `partial` may be written again at once
   return warp_sum(mine);
+}
+
+// Whether this block is the last of `expected` to come here; what all of them wrote before is then visible to it, through
+// load_l2. The counter is 0 again afterwards, ready for the next launch. `shared` is any flag in shared memory.
+__device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t expected, bool* shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    *shared = atomicAdd(counter, 1u) == expected - 1;
+    if (*shared) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared;
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }

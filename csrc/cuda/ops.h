@@ -21,6 +21,10 @@ struct WorkspaceSize {
   int64_t scratch_bytes, counters;
 };
 
+WorkspaceSize tree_attention_workspace(const TreeAttentionParams&);
+int tree_attention(const TreeAttentionParams&, Workspace, uintptr_t stream);
+WorkspaceSize verify_tree_workspace(const VerifyTreeParams&);
+int verify_tree(const VerifyTreeParams&, Workspace, uintptr_t stream);
 int rotary_append(const RotaryAppendParams&, uintptr_t stream);
 int rms_norm(const RmsNormParams&, uintptr_t stream);
 int silu_mul(const SiluMulParams&, uintptr_t stream);

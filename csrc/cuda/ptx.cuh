@@ -112,6 +112,12 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
   return r;
 }
 
+// Past L1, which does not see what other blocks wrote during this launch.
+template <class T>
+__device__ __forceinline__ T load_l2(const T* p) {
+  return __ldcg(p);
+}
+
 // ---- tensor cores ----
 
 // Four 8x8 tiles of 16-bit elements; lane l gives the address of row l % 8 of tile l / 8.

@@ -106,7 +106,7 @@ int rotary_append(const RotaryAppendParams& p, uintptr_t stream) {
       const auto run = [&](auto n) {
         constexpr int kRows = kThreads / (n() == 1 ? 32 : 8);
         const int64_t rows = static_cast<int64_t>(p.batch) * p.n * (p.heads + 2 * p.kv_heads);
-        return launch(rotary_append_kernel<decltype(t), decltype(c), n()>, static_cast<unsigned>(ceil_div<int64_t>(rows, kRows)),
+        return launch(rotary_append_kernel<decltype(t), decltype(c), n()>, static_cast<unsigned>(ceil_div(rows, kRows)),
                       kThreads, 0, stream, p);
       };
       return aligned ? run(std::integral_constant<int, 8>{}) : run(std::integral_constant<int, 1>{});

@@ -27,7 +27,7 @@ int silu_mul(const SiluMulParams& p, uintptr_t stream) {
     using T = decltype(t);
     const bool aligned = multiple_of_16({p.gate_up, p.out}, {p.row_stride, p.ffn}, sizeof(T));
     return with_width<T>(aligned, [&](auto n) {
-      const int64_t blocks = ceil_div<int64_t>(static_cast<int64_t>(p.rows) * p.ffn, int64_t{kThreads} * n());
+      const int64_t blocks = ceil_div(static_cast<int64_t>(p.rows) * p.ffn, int64_t{kThreads} * n());
       return launch(silu_mul_kernel<T, n()>, static_cast<unsigned>(blocks), kThreads, 0, stream, p);
     });
   });

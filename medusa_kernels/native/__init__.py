@@ -3,6 +3,10 @@
 The order is that of the binding, which is the same for the CPU and for CUDA; CUDA takes a stream after it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,3 +23,50 @@ def weight(value) -> tuple[int, int]:
     if isinstance(value, Tensor):
         return value.data_ptr(), DTYPE[value.dtype]
     return value.data.data_ptr(), PACKED[value.dtype]
+
+
+class Held(int):
+    """The address of a tensor that lives as long as this number: a bound launch keeps its workspace so."""
+
+    def __new__(cls, tensor: Tensor):
+        number = super().__new__(cls, tensor.data_ptr())
+        number.tensor = tensor
+        return number
+
+
+def with_workspace(op: str, arguments: Callable[..., tuple], library: object = None) -> Callable[..., tuple]:
+    """`arguments`, then the memory CUDA needs between an op's blocks: scratch of any content, and counters that are 0.
+
+    library: the compiled functions to ask how much; None is `_C.cuda`.
+    """
+
+    def cuda_arguments(*tensors) -> tuple:
+        functions = library
+        if functions is None:
+            from medusa_kernels import _C
+
+            functions = _C.cuda
+        plain = arguments(*tensors)
+        scratch_bytes, count = getattr(functions, f"{op}_workspace")(*plain)
+        device = tensors[0].device
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+        return (*plain, Held(scratch), Held(_counters(device, count)))
+
+    return cuda_arguments
+
+
+# Kernels leave their counters at 0, so one stream's launches, which follow one another, share them.
+_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32)
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    kept = _COUNTERS.get(key)
+    if kept is None or kept.numel() < count:
+        kept = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        # Under capture the zeros are written when the graph is replayed, not now: they are this launch's alone.
+        if not torch.cuda.is_current_stream_capturing():
+            _COUNTERS[key] = kept
+    return kept

@@ -46,7 +46,7 @@ class Decoder:
         self._root_hidden = torch.empty(batch, model.config.hidden_size, dtype=logits.dtype, device=device)
         self._draft: Callable[[], None] | None = None
         if n > 1:
-            draft_tokens, self._draft = drafter.bind(self._root_hidden, tree.top_k)
+            draft_tokens, self._logprobs, self._draft = drafter.bind(self._root_hidden, tree.top_k)
             self._draft_tokens = draft_tokens.view(batch, -1)
             # Where each node's token lies among one sequence's draft tokens.
             self._draft_slots = ((tree.depths[1:] - 1) * tree.top_k + tree.ranks[1:]).to(device)

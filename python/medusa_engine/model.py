@@ -152,13 +152,11 @@ class Forward:
         self.model = model
         self.tokens = torch.zeros(batch, n, dtype=torch.int32, device=model.device)
         self._calls: list[Callable[[], None]] = []
-        self._kept_alive: list[Any] = [cache, depths, tree_mask]
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=model.activation_dtype, device=model.device)
 
         def add(op: str, *arguments: Any) -> None:
-            self._kept_alive.append(arguments)
             self._calls.append(bind(model.launch[op], *arguments))
 
         heads, kv_heads, d = c.num_heads, c.num_kv_heads, c.head_dim

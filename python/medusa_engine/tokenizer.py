@@ -61,6 +61,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+        special = {name: _content(config[name]) for name in _NAMED if config.get(name)}
         if (folder / "tokenizer.json").is_file():
             try:
                 backend = Backend.from_file(str(folder / "tokenizer.json"))
@@ -68,21 +69,17 @@ class Tokenizer:
                 raise CheckpointError(
                     f"{folder / 'tokenizer.json'}: not readable ({error}); download it again"
                 ) from None
-            special = {}
         elif (folder / "tokenizer.model").is_file():
             vocabulary = vocabulary_from_sentencepiece(folder / "tokenizer.model")
-            backend, special = vocabulary.backend, vocabulary.special_tokens
+            backend, special = vocabulary.backend, {**vocabulary.special_tokens, **special}
+            # tokenizer.json says itself what it adds; a SentencePiece model cannot.
+            bos, eos = config.get("add_bos_token", True), config.get("add_eos_token", False)
+            add_bos_eos(backend, special, bos=bos, eos=eos)
         else:
             raise CheckpointError(
                 f"{folder}: no tokenizer.json or tokenizer.model; copy the base model's into the folder"
             )
-        named = {name: _content(config[name]) for name in _NAMED if config.get(name)}
-        special = {**special, **named}
         _add_configured_tokens(backend, config, _read_json(folder / "added_tokens.json"), special)
-        # As in transformers: said in the configuration, it overrides the post-processor.
-        if "add_bos_token" in config or "add_eos_token" in config:
-            bos, eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
-            add_bos_eos(backend, special, bos=bos, eos=eos)
         return cls(backend, special, _chat_template(folder, config))
 
     @classmethod
@@ -110,17 +107,14 @@ class Tokenizer:
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with BOS or EOS added where the checkpoint's tokenizer adds them.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with BOS or EOS added where the checkpoint's tokenizer adds them, unless told not to.
 
         Special tokens spelled out in the text become those tokens, as in transformers.
 
         Raises:
             ValueError: for text with an unpaired surrogate, which is not Unicode text.
         """
-        return self._encode(text, add_special_tokens=True)
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, found {type(text).__name__}")
         try:
@@ -143,7 +137,7 @@ class Tokenizer:
         Raises:
             ValueError: without a template, for malformed messages, and when the template itself refuses them.
         """
-        return self._encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
 
     def render_chat(self, messages: list[dict[str, Any]] | str, add_generation_prompt: bool = True) -> str:
         """The text that `encode_chat` encodes."""

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .dataset import Conversation
 from .heads import MedusaHeads
+from .stepping import best_paths, tokens_per_step
 
 RANKS = 32  # ranks whose accuracy is measured: more than any tree of 256 nodes reads of a good head
+MAX_PATHS = 255  # a tree of 256 nodes
 HELD_OUT = 50  # every 50th conversation is held out
 
 
@@ -129,7 +131,7 @@ class Trainer:
         self._optimizer = Optimizer(self.module, options.learning_rate)
         self.positions = sum(len(c.answer) for c in train)
         self.step = 0
-        self.total_steps = options.epochs * len(list(self._groups(0)))
+        self.total_steps = sum(1 for epoch in range(options.epochs) for _ in self._groups(epoch))
         self._restore()
 
     def run(self, on_step: Callable[[int, float], None], *, save_every: int = 100) -> None:
@@ -148,10 +150,15 @@ class Trainer:
 
     def result(self) -> MedusaHeads:
         """The heads as they are now, with the accuracy of each rank of each head on the held-out conversations."""
-        accuracy = self.accuracy()
-        self._log({"step": self.step, "accuracy": accuracy})
+        ranks = [self.ranks(conversation) for conversation in self.held_out]
+        accuracy = self.accuracy(ranks)
+        paths = best_paths(ranks, MAX_PATHS, absent=RANKS)
+        steps = {n: tokens_per_step(ranks, paths[: n - 1]) for n in (4, 8, 16, 32, 64)}
+        self._log({"step": self.step, "accuracy": accuracy, "simulated_tokens_per_step": steps})
         metadata = {
             "accuracy": [[round(p, 5) for p in row] for row in accuracy],
+            "paths": [list(path) for path in paths],
+            "simulated_tokens_per_step": {str(n): round(value, 4) for n, value in steps.items()},
             "training": {**asdict(self.options), "positions": self.positions},
         }
         weight, bias = self.module.stacked("weight"), self.module.stacked("bias")
@@ -169,13 +176,13 @@ class Trainer:
             rows.append(torch.where(labels < 0, RANKS, rank))
         return torch.stack(rows).cpu()
 
-    def accuracy(self) -> list[list[float]]:
+    def accuracy(self, ranks: list[Tensor]) -> list[list[float]]:
         """Per head and rank: the share of held-out positions where exactly that rank is right."""
         counts = torch.zeros(self.options.heads, RANKS + 1)
         positions = torch.zeros(self.options.heads)
-        for conversation in self.held_out:
-            for head, ranks in enumerate(self.ranks(conversation)):
-                inside = ranks[: max(0, len(conversation.answer) - 1 - head)]
+        for conversation in ranks:
+            for head, row in enumerate(conversation):
+                inside = row[: max(0, len(row) - 1 - head)]
                 counts[head] += torch.bincount(inside, minlength=RANKS + 1)
                 positions[head] += len(inside)
         return (counts[:, :RANKS] / positions.clamp(min=1)[:, None]).tolist()

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from medusa_kernels import Tree
+from medusa_kernels import Tree, named_trees
+from medusa_kernels.tree import MAX_NODES
 
 from .draft import MedusaDrafter
 
@@ -20,8 +21,8 @@ def choose_tree(
 ) -> Tree:
     """The tree meant by `tree`, cut to what the heads can fill.
 
-    An int is the best known tree of at most that many nodes: searched over the heads' own measured accuracies where their
-    checkpoint has them, else over Vicuna-7B's published ones. "auto" shares a fixed number of rows among the sequences.
+    An int is the best known tree of at most that many nodes: the paths that the heads' checkpoint lists as best, a search
+    over the accuracies it lists, or else Vicuna-7B's tree. "auto" shares a fixed number of rows among the sequences.
 
     Raises:
         ValueError, TypeError: no such name, or choices that are no tree.
@@ -40,6 +41,9 @@ def choose_tree(
 
 
 def _best(num_nodes: int, drafter: MedusaDrafter) -> Tree:
-    if drafter.accuracy is not None:
+    if not 1 <= num_nodes <= MAX_NODES:
+        raise ValueError(f"tree as a number of nodes must be between 1 and {MAX_NODES}, not {num_nodes}")
+    if drafter.paths is None and drafter.accuracy is not None:
         return Tree.search(drafter.accuracy, num_nodes)
-    return Tree.named_prefix("medusa-7b", num_nodes)
+    paths = drafter.paths or named_trees.lookup("medusa-7b-64").growth
+    return Tree.from_choices(paths[: num_nodes - 1])

@@ -42,7 +42,7 @@ class Vocabulary:
     """A tokenizer and the named tokens its source declares.
 
     Attributes:
-        backend: the tokenizer, adding BOS and EOS where the source says so.
+        backend: the tokenizer.
         special_tokens: "bos_token", "eos_token", "unk_token", "pad_token" -> token, as far as they are declared.
     """
 
@@ -51,7 +51,7 @@ class Vocabulary:
 
 
 def vocabulary_from_gguf(fields: Mapping[str, Any], path: Path) -> Vocabulary:
-    """The tokenizer that a GGUF file's metadata `fields` describe; `path` is named in errors.
+    """The tokenizer that a GGUF file's metadata `fields` describe, BOS and EOS included; `path` is named in errors.
 
     Raises:
         CheckpointError: for a tokenizer.ggml.model or .pre that is not supported, or a damaged vocabulary.
@@ -91,7 +91,7 @@ def vocabulary_from_gguf(fields: Mapping[str, Any], path: Path) -> Vocabulary:
 
 
 def vocabulary_from_sentencepiece(path: Path) -> Vocabulary:
-    """The tokenizer of a SentencePiece BPE model file (tokenizer.model), which adds BOS as Llama's does.
+    """The tokenizer of a SentencePiece BPE model file (tokenizer.model); it adds no BOS or EOS yet.
 
     Raises:
         CheckpointError: for a damaged file, a unigram model, or one that normalises its text.
@@ -119,7 +119,6 @@ def vocabulary_from_sentencepiece(path: Path) -> Vocabulary:
         )
     backend = _sentencepiece_bpe(tokens, scores, types, bool(normalizer.get(3, 1)), path)
     _mark_added(backend, tokens, types)
-    add_bos_eos(backend, special, bos=True, eos=False)
     return Vocabulary(backend, special)
 
 

@@ -156,6 +156,7 @@ T atomicMax(T* at, T value) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
@@ -222,6 +223,11 @@ void cp_async_wait() {
 inline uint4 load_streaming(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) throw std::runtime_error("emulation: unaligned 16-byte load");
   return *static_cast<const uint4*>(p);
+}
+
+template <class T>
+T load_l2(const T* p) {
+  return *p;
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 
+from medusa_kernels.native import with_workspace
 from tests.backends import OPS
 
 from . import build
@@ -13,8 +14,10 @@ from . import build
 def launch(op: str, *tensors) -> None:
     native = importlib.import_module(f"medusa_kernels.native.{op}")
     emulated = build.module().cuda
-    arguments = getattr(native, "cuda_arguments", native.arguments)(*tensors)
-    getattr(emulated, op)(*arguments, 0)
+    arguments = native.arguments
+    if hasattr(emulated, f"{op}_workspace"):
+        arguments = with_workspace(op, arguments, emulated)
+    getattr(emulated, op)(*arguments(*tensors), 0)
 
 
 LAUNCHES = {op: functools.partial(launch, op) for op in OPS if hasattr(build.module().cuda, op)}

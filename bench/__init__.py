@@ -1,0 +1,1 @@
+"""Measurements. Nothing under medusa_kernels or medusa_engine imports this package."""

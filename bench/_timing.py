@@ -1,0 +1,70 @@
+"""Interleaved medians: every variant is timed once per round, so that a busy moment of the machine hits all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+
+import torch
+
+EVICT_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # above the last-level caches
+
+
+def medians(calls: Mapping[str, Callable[[], None]], device: str, *, seconds: float = 0.5) -> dict[str, float]:
+    """Seconds per call: the median over rounds A B C A B C ... from a cold cache. At least 5 rounds, at most 200."""
+    for call in calls.values():  # warm up: lazy imports, page faults, clocks
+        call()
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds * len(calls)
+    rounds = 0
+    while rounds < 5 or (rounds < 200 and time.perf_counter() < end):
+        for name, call in calls.items():
+            evict(device)
+            samples[name].append(_once(call, device))
+        rounds += 1
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def _once(call: Callable[[], None], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - start) / 1e9
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def evict(device: str) -> None:
+    """Fills the caches with something else: a decoding step finds its weights and K/V in memory, not in a cache."""
+    _buffer(device).add_(1)
+
+
+@cache
+def _buffer(device: str) -> torch.Tensor:
+    return torch.zeros(EVICT_BYTES[device] // 4, dtype=torch.float32, device=device)
+
+
+@cache
+def bandwidth(device: str) -> float:
+    """Bytes per second, the better of reading and of copying a buffer far larger than the caches, in this very run."""
+    size = {"cpu": 256 << 20, "cuda": 4 << 30}[device]
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    times = medians({"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}, device, seconds=0.3)
+    return max(size / times["read"], 2 * size / times["copy"])
+
+
+@cache
+def flops(device: str) -> float:
+    """Floating-point operations per second of PyTorch's matrix product: fp32 on the CPU, bf16 on the GPU."""
+    n, dtype = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}[device]
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    out = torch.empty_like(a)
+    return 2 * n**3 / medians({"product": lambda: torch.mm(a, b, out=out)}, device, seconds=0.3)["product"]

@@ -1,0 +1,78 @@
+"""Self-distillation: conversations depend on their seed alone, and their hidden rows are what the model computes."""
+
+import itertools
+
+import pytest
+import torch
+
+from medusa_engine import distill
+from medusa_engine.checkpoint import open_checkpoint
+from medusa_engine.dataset import Conversation, read_shard, shard_paths
+from medusa_engine.distill import Writer, add_hidden, write_conversations
+from medusa_engine.model import Model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(default_model):
+    return open_checkpoint(default_model)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return Model(checkpoint, backend="auto", device=torch.device("cpu"), dtype="bfloat16", max_positions=512)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(distill, "MAX_USER_TOKENS", 24)
+    monkeypatch.setattr(distill, "MAX_ANSWER_TOKENS", 12)
+
+
+def first(model, checkpoint, slots, count, seed=0):
+    return list(itertools.islice(Writer(model, checkpoint.tokenizer, slots).conversations(seed), count))
+
+
+def test_conversations_do_not_depend_on_their_slot(model, checkpoint):
+    few, many = (
+        {tuple(c.ids.tolist()) for c in first(model, checkpoint, slots, count)} for slots, count in ((2, 4), (8, 16))
+    )
+    assert few <= many
+
+
+def test_conversations_follow_the_chat_template(model, checkpoint):
+    text = checkpoint.tokenizer.decode(first(model, checkpoint, 4, 1)[0].ids.tolist(), skip_special_tokens=False)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.count("<|im_start|>user\n") == 1
+    assert text.count("<|im_end|>\n<|im_start|>assistant\n") == 1
+
+
+def test_answers_are_greedy_and_hidden_rows_are_the_models(model, checkpoint):
+    written = first(model, checkpoint, 4, 3)
+    recomputed = add_hidden(model, [Conversation(c.ids, c.answer_start) for c in written])
+    for mine, theirs in zip(written, recomputed, strict=True):
+        assert mine.hidden.shape == (len(mine.answer), model.config.hidden_size)
+        torch.testing.assert_close(mine.hidden.float(), theirs.hidden.float(), rtol=0.05, atol=0.05)
+        logits, head = model.head(theirs.hidden.float())
+        head()
+        top = logits.topk(2, dim=1)
+        clear = top.values[:, 0] - top.values[:, 1] > 0.1  # the hidden rows are stored in bf16
+        assert torch.equal(top.indices[clear, 0], mine.answer[clear].long())
+
+
+def test_shards_are_filled_and_resumed(model, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "SHARD_POSITIONS", 20)
+    writer = Writer(model, checkpoint.tokenizer, 4)
+    write_conversations(writer, tmp_path, 20, seed=0)
+    (shard,) = shard_paths(tmp_path)
+    before = shard.read_bytes()
+    write_conversations(writer, tmp_path, 40, seed=0)
+    assert len(shard_paths(tmp_path)) == 2
+    assert shard.read_bytes() == before
+    one, two = ({tuple(c.ids.tolist()) for c in read_shard(path)} for path in shard_paths(tmp_path))
+    assert not one & two
+
+
+def test_a_checkpoint_without_a_chat_template_is_refused(model, checkpoint, monkeypatch):
+    monkeypatch.setattr(type(checkpoint.tokenizer), "has_chat_template", property(lambda self: False))
+    with pytest.raises(ValueError, match="chat template"):
+        Writer(model, checkpoint.tokenizer, 1)

@@ -1,0 +1,138 @@
+"""Which backends are here, that each really runs what it is called after, and that the harness would notice if it cheated."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import medusa_kernels as mk
+from medusa_kernels import _backends, launches
+
+from . import backends
+from .backends import OPS, REFERENCE, Backend, backends_for
+
+HAS_MODULE = _backends._C is not None
+CUDA_SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+MEDUSA_OPS = ("tree_attention", "draft_heads", "verify_tree", "compact_kv")
+
+
+def x86(feature: str) -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return feature in file.read()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_expected_backends_are_here(op):
+    found = {backend.id for backend in backends_for(op)}
+    expected = {"reference"}
+    if HAS_MODULE:
+        expected |= {"cpu-portable"} | {f"cpu-{isa}" for isa, flag in (("avx2", "avx2"), ("avx512", "avx512_vnni")) if x86(flag)}
+    if HAS_MODULE and _backends._C.built_with_cuda and torch.cuda.is_available():
+        expected.add("cuda")
+    if op in MEDUSA_OPS and importlib.util.find_spec(f"medusa_kernels.triton.{op}") and importlib.util.find_spec("triton"):
+        expected.add("triton")
+    if not torch.cuda.is_available() and (CUDA_SOURCES / op).with_suffix(".cu").exists() and shutil.which("g++"):
+        expected.add("cuda-emulated")
+    assert found == expected
+    assert not backends.problems
+
+
+def test_the_compiled_module_is_here():
+    """A source tree that was never built can run the reference, but that is no test of the project."""
+    assert HAS_MODULE, _backends._BUILD_ERROR
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_on_the_cpu_is_the_compiled_kernel(op):
+    table = importlib.import_module(f"medusa_kernels.{op}").BACKENDS
+    assert _backends.resolve(op, table, "auto", torch.device("cpu")) is table["cpu"]
+
+
+def test_each_instruction_set_is_in_force():
+    for backend in backends_for("silu_mul"):
+        if backend.isa:
+            with backend.active():
+                assert _backends._C.cpu.isa() == backend.isa
+    best = [b.isa for b in backends_for("silu_mul") if b.isa][0]
+    assert _backends._C.cpu.isa() == best
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match="sse9"):
+        _backends._C.cpu.force_isa("sse9")
+
+
+def broken(op: str, launch) -> Backend:
+    return Backend("broken", "reference", launches={op: launch})
+
+
+def test_the_harness_notices_a_write_to_an_input():
+    def launch(gate_up, out):
+        gate_up.add_(1)
+        out.zero_()
+
+    with pytest.raises(AssertionError, match="wrote to its argument gate_up"):
+        broken("silu_mul", launch).run("silu_mul", torch.ones(1, 2))
+
+
+def test_the_harness_notices_a_missing_write():
+    lazy = broken("silu_mul", lambda gate_up, out: out[:, :1].fill_(1.0))
+    with lazy.active():
+        out = lazy.run("silu_mul", torch.ones(1, 4))
+    assert out[:, 1:].isnan().all()
+    with REFERENCE.active():
+        assert not REFERENCE.run("silu_mul", torch.ones(1, 4)).isnan().any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_results_do_not_depend_on_the_number_of_threads(threads):
+    before = _backends._C.cpu.num_threads()
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 300, generator=g), torch.randn(211, 300, generator=g)
+    q, k, v = torch.randn(3, 2, 40, 6, 32, generator=g)
+    tree, lengths = mk.Tree.named("4x3"), torch.tensor([3, 5], dtype=torch.int32)
+
+    def run():
+        return (
+            mk.linear(x, weight, backend="cpu"),
+            mk.tree_attention(q[:, : tree.num_nodes], k, v, lengths, tree.mask_words, backend="cpu"),
+            *mk.draft_heads(x, torch.zeros(2, 1, 300, 300), None, weight, 9, backend="cpu"),
+        )
+
+    expected = run()
+    try:
+        _backends._C.cpu.set_num_threads(threads)
+        actual = run()
+    finally:
+        _backends._C.cpu.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
+def test_an_engine_s_launches_do_what_the_doors_do(backend):
+    resolved = launches.resolve_all(backend, torch.device("cpu"))
+    assert tuple(sorted(resolved)) == tuple(sorted(OPS))
+    gate_up, out = torch.randn(3, 8), torch.full((3, 4), torch.nan)
+    again = launches.bind(resolved["silu_mul"], gate_up, out)
+    again()
+    assert torch.equal(out, mk.silu_mul(gate_up, backend=backend))
+    gate_up.mul_(2)  # the same tensors, new values
+    again()
+    assert torch.equal(out, mk.silu_mul(gate_up, backend=backend))
+
+
+def test_importing_the_ops_is_light():
+    """Neither Triton nor the engine nor transformers comes along."""
+    heavy = ("triton", "transformers", "medusa_engine", "tokenizers")
+    code = f"import sys, medusa_kernels; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
