@@ -34,7 +34,11 @@ def is_stale(cache: Path) -> bool:
     if not cache.exists():
         return False
     entries = dict(line.split("=", 1) for line in cache.read_text().splitlines() if "=" in line)
-    paths = (value for key, value in entries.items() if key.split(":")[0] in ("CMAKE_MAKE_PROGRAM", "CMAKE_COMMAND", "pybind11_DIR"))
+    paths = (
+        value
+        for key, value in entries.items()
+        if key.split(":")[0] in ("CMAKE_MAKE_PROGRAM", "CMAKE_COMMAND", "pybind11_DIR")
+    )
     return any(not Path(path).exists() for path in paths)
 
 

@@ -1,4 +1,5 @@
-"""Interleaved medians: every variant is timed once per round, so that a busy moment of the machine hits all of them alike."""
+"""Interleaved medians: every variant is timed once per round, so that a busy moment of the machine hits all of them
+alike."""
 
 from __future__ import annotations
 
@@ -13,19 +14,24 @@ EVICT_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}  # above the last-level cache
 
 
 def medians(calls: Mapping[str, Callable[[], None]], device: str, *, seconds: float = 0.5) -> dict[str, float]:
-    """Seconds per call: the median over rounds A B C A B C ... from a cold cache. At least 5 rounds, at most 200."""
+    """Seconds per call: the median over rounds A B C A B C ... from a cold cache."""
+    return {name: statistics.median(times) for name, times in samples(calls, device, seconds).items()}
+
+
+def samples(calls: Mapping[str, Callable[[], None]], device: str, seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call of 5 to 200 rounds."""
     for call in calls.values():  # warm up: lazy imports, page faults, clocks
         call()
         call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds * len(calls)
     rounds = 0
     while rounds < 5 or (rounds < 200 and time.perf_counter() < end):
         for name, call in calls.items():
             evict(device)
-            samples[name].append(_once(call, device))
+            taken[name].append(_once(call, device))
         rounds += 1
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return taken
 
 
 def _once(call: Callable[[], None], device: str) -> float:
@@ -57,14 +63,14 @@ def bandwidth(device: str) -> float:
     size = {"cpu": 256 << 20, "cuda": 4 << 30}[device]
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    times = medians({"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}, device, seconds=0.3)
-    return max(size / times["read"], 2 * size / times["copy"])
+    times = samples({"read": lambda: source.sum(), "copy": lambda: target.copy_(source)}, device, seconds=0.3)
+    return max(size / min(times["read"]), 2 * size / min(times["copy"]))
 
 
 @cache
 def flops(device: str) -> float:
-    """Floating-point operations per second of PyTorch's matrix product: fp32 on the CPU, bf16 on the GPU."""
+    """The most operations per second of PyTorch's matrix product: fp32 on the CPU, bf16 on the GPU."""
     n, dtype = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}[device]
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     out = torch.empty_like(a)
-    return 2 * n**3 / medians({"product": lambda: torch.mm(a, b, out=out)}, device, seconds=0.3)["product"]
+    return 2 * n**3 / min(samples({"product": lambda: torch.mm(a, b, out=out)}, device, seconds=0.5)["product"])

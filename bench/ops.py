@@ -1,13 +1,17 @@
 """Microbenchmarks of the ops: `python -m bench.ops [--op OP] [--backend NAME] [--shape NAME] [--json]`.
 
-Each case is checked against the reference first; a backend that fails its check gets no time. One line per case and backend:
+Each case is checked against the reference first; a backend that fails its check gets no time. One line per case and
+backend:
 
     op shape dtype backend: us | GB/s | % of limit | x reference
 
-The limit is the larger of the bytes a case must move at the bandwidth, and its operations at the speed of PyTorch's matrix
-product, both measured in the same run. A case is timed from a cold cache, by its unchecked launch, as the engine calls it.
+The limit is the larger of two times: of the bytes a case must move, at the bandwidth, and of its operations, at the
+speed of
+PyTorch's matrix product (fp32 on the CPU, bf16 on the GPU; int8 four times that), both the best of this very run. A
+case is timed from a cold cache, by its unchecked launch, as the engine calls it.
 """
 
+# ruff: noqa: C408 - dict(n=1, heads=9) reads better in a table than its literal
 from __future__ import annotations
 
 import datetime
@@ -29,13 +33,15 @@ from medusa_kernels import Tree, launches, pack_linear
 from medusa_kernels._backends import _C, resolve
 from medusa_kernels.verify_tree import acceptance
 
-# op, shape's name, devices, storage dtypes, dimensions. Storage is that of weights and K/V; on the CPU activations are fp32.
+# op, shape's name, devices, storage dtypes, dimensions. Storage is that of weights and K/V; on the CPU activations
+# are fp32.
 CASES = [
     ("tree_attention", "smollm2-plain", "cpu cuda", "bf16", dict(n=1, heads=9, kv_heads=3, head_dim=64, prefix=1024)),
     ("tree_attention", "smollm2-tree16", "cpu cuda", "bf16", dict(n=16, heads=9, kv_heads=3, head_dim=64, prefix=1024)),
     ("tree_attention", "smollm2-tree64", "cpu cuda", "bf16", dict(n=64, heads=9, kv_heads=3, head_dim=64, prefix=1024)),
     ("tree_attention", "vicuna7b-tree64", "cuda", "bf16", dict(n=64, heads=32, kv_heads=32, head_dim=128, prefix=2048)),
-    ("tree_attention", "llama8b-tree64-b8", "cuda", "bf16", dict(batch=8, n=64, heads=32, kv_heads=8, head_dim=128, prefix=2048)),
+    ("tree_attention", "llama8b-tree64-b8", "cuda", "bf16",
+     dict(batch=8, n=64, heads=32, kv_heads=8, head_dim=128, prefix=2048)),
     ("draft_heads", "smollm2-shared", "cpu cuda", "bf16", dict(heads=4, hidden=576, vocab=49152, top_k=10)),
     ("draft_heads", "smollm2-8k", "cpu cuda", "bf16", dict(heads=4, hidden=576, vocab=8192, top_k=10)),
     ("draft_heads", "vicuna7b-own", "cuda", "bf16", dict(heads=5, hidden=4096, vocab=32000, top_k=10, own=True)),
@@ -52,19 +58,23 @@ CASES = [
     ("silu_mul", "smollm2-r16", "cpu cuda", "bf16", dict(rows=16, ffn=1536)),
     ("silu_mul", "vicuna7b-r64", "cuda", "bf16", dict(rows=64, ffn=11008)),
     *(("linear", f"smollm2-{name}-r{rows}", "cpu cuda", dtype, dict(rows=rows, inputs=i, outputs=o))
-      for name, i, o in (("gate-up", 576, 3072), ("lm-head", 576, 49152)) for rows in (1, 16) for dtype in ("bf16", "int8")),
+      for name, i, o in (("gate-up", 576, 3072), ("lm-head", 576, 49152))
+      for rows in (1, 16) for dtype in ("bf16", "int8")),
     ("linear", "vicuna7b-gate-up-r64", "cuda", "bf16", dict(rows=64, inputs=4096, outputs=22016)),
 ]  # fmt: skip
 
+BACKENDS = ("reference", "cpu", "cpu-avx2", "cpu-portable", "cuda", "triton")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-# Against the reference, relative to its largest value (int8: to its norm). fp32 sums in another order; one bf16 rounding;
-# int8 weights as in tests/tolerances.py.
+# Against the reference, relative to its largest value (int8: to its norm). fp32 sums in another order; one bf16
+# rounding; int8 weights as in tests/tolerances.py.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.int8: 0.03}
 
 
 @dataclass
 class Work:
-    """A case made concrete: arguments of the reference's launch, those of a backend's, and what must be moved and computed."""
+    """A case made concrete: arguments of the reference's launch, those of a backend's, and what must be moved and
+    computed.
+    """
 
     arguments: tuple
     outputs: tuple[Tensor, ...]  # among the arguments
@@ -113,7 +123,10 @@ class Maker:
         x = self.normal(batch, hidden)
         blocks = self.normal(heads, layers, hidden, hidden, dtype=self.weights, scale=hidden**-0.5)
         lm_head = self.normal(*([heads] if own else []), vocab, hidden, dtype=self.weights, scale=hidden**-0.5)
-        outputs = self.empty(batch, heads, top_k, dtype=torch.int32), self.empty(batch, heads, top_k, dtype=torch.float32)
+        outputs = (
+            self.empty(batch, heads, top_k, dtype=torch.int32),
+            self.empty(batch, heads, top_k, dtype=torch.float32),
+        )
         packed = None
         if self.device == "cpu":
             packed = (x, pack_linear(blocks), None, pack_linear(lm_head), None, top_k, *outputs)
@@ -190,6 +203,7 @@ def call(op: str, variant: str, device: str, work: Work) -> Callable[[], None]:
     bound = launches.bind(launch, *(work.packed if door == "cpu" and work.packed else work.arguments))
     if door != "cpu":
         return bound
+
     def forced() -> None:
         _C.cpu.force_isa(isa or "auto")
         bound()
@@ -220,7 +234,9 @@ def failure(work: Work, run: Callable[[], None], reference: Callable[[], None], 
     return ""
 
 
-def measure(op: str, shape: str, device: str, storage_dtype: str, dims: dict, wanted: tuple[str, ...]) -> Iterator[dict]:
+def measure(
+    op: str, shape: str, device: str, storage_dtype: str, dims: dict, wanted: tuple[str, ...]
+) -> Iterator[dict]:
     dtype = DTYPES[storage_dtype]
     work = getattr(Maker(device, dtype), op)(**dims)
     reference = call(op, "reference", device, work)
@@ -239,7 +255,8 @@ def measure(op: str, shape: str, device: str, storage_dtype: str, dims: dict, wa
         else:
             runs[name] = run
     times = _timing.medians(runs | {"reference": reference}, device)
-    floor = max(work.bytes / _timing.bandwidth(device), work.flops / _timing.flops(device))
+    speed = _timing.flops(device) * (4 if dtype == torch.int8 else 1)
+    floor = max(work.bytes / _timing.bandwidth(device), work.flops / speed)
     common = {"op": op, "shape": shape, "dtype": label, "dims": dims}
     for name in runs:
         yield common | {
@@ -261,7 +278,8 @@ def environment(device: str) -> dict:
     cuda = device == "cuda"
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "threads": torch.get_num_threads(),
+        "threads": _C.cpu.num_threads() if _C else None,
+        "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
@@ -279,21 +297,27 @@ def _processor() -> str:
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--op", "ops", multiple=True, type=click.Choice(sorted({op for op, *_ in CASES})), help="Default: all.")
-@click.option("--backend", "backends", multiple=True, help="reference, cpu, cpu-avx2, cpu-portable, cuda, triton. Default: all, best ISA.")
+@click.option("--backend", "backends", multiple=True, type=click.Choice(BACKENDS), help="Default: all but single ISAs.")
 @click.option("--shape", "shapes", multiple=True, help="A shape's name or a part of it. Default: all.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with device, versions, commit and date.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object per line, with device, versions, commit and date."
+)
 def main(ops, backends, shapes, device, as_json):
     chosen = [
         case for case in CASES
-        if device in case[2].split() and (not ops or case[0] in ops) and (not shapes or any(s in case[1] for s in shapes))
+        if device in case[2].split() and (not ops or case[0] in ops) and (not shapes or any(s in case[1] for s in
+        shapes))
     ]  # fmt: skip
     if not chosen:
-        raise click.UsageError(f"no case on {device} has that op and shape; shapes: {', '.join(sorted({c[1] for c in CASES}))}")
+        raise click.UsageError(
+            f"no case on {device} has that op and shape; shapes: {', '.join(sorted({c[1] for c in CASES}))}"
+        )
     where = environment(device)
     if not as_json:
         click.echo(
-            f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {where['commit']}: "
+            f"{where['device']}, {where['threads']} threads ({where['torch_threads']} of torch), "
+            f"torch {where['torch']}, {where['commit']}: "
             f"{where['bandwidth_gb_per_s']} GB/s, {where['gflop_per_s']} GFLOP/s"
         )
     failed = False

@@ -1,4 +1,6 @@
-"""Medusa's ops: tree attention, draft heads, tree verification and K/V compaction, and the few a decoding step needs beside them."""
+"""Medusa's ops: tree attention, draft heads, tree verification and K/V compaction, and the few a decoding step needs
+beside them.
+"""
 
 from .compact_kv import compact_kv
 from .draft_heads import draft_heads

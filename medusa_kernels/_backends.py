@@ -1,7 +1,7 @@
 """Which backends stand behind an op, and which of them can run here.
 
-An op's front door holds a plain dict from backend name to launch. A launch takes the op's tensors, checked, and its outputs,
-allocated, and returns nothing. `resolve` picks one and says why when it cannot.
+An op's front door holds a plain dict from backend name to launch. A launch takes the op's tensors, checked, and its
+outputs, allocated, and returns nothing. `resolve` picks one and says why when it cannot.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ else:
 
 
 class Native:
-    """A launch of the compiled module: `arguments` turns the op's tensors into the addresses and sizes the binding takes."""
+    """A launch of the compiled module: `arguments` turns the op's tensors into the addresses and sizes the binding
+    takes.
+    """
 
     def __init__(self, device: str, op: str, arguments: Callable[..., tuple]):
         self.device, self.op, self.arguments = device, op, arguments
@@ -83,7 +85,9 @@ def unavailable(launch: Callable[..., None]) -> str:
     return launch.unavailable() if isinstance(launch, (Native, Lazy)) else ""
 
 
-def resolve(op: str, backends: Mapping[str, Callable[..., None]], backend: str, device: torch.device) -> Callable[..., None]:
+def resolve(
+    op: str, backends: Mapping[str, Callable[..., None]], backend: str, device: torch.device
+) -> Callable[..., None]:
     """The launch of `backend`, or for "auto" the fastest one that runs on `device`.
 
     Raises:
@@ -103,5 +107,7 @@ def resolve(op: str, backends: Mapping[str, Callable[..., None]], backend: str, 
     if backend in ("cpu", "cuda") and device.type != backend:
         raise ValueError(f"backend {backend!r} takes tensors on a {backend} device, not on {device}")
     if backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("backend 'triton' takes tensors on a cuda device (on the CPU under TRITON_INTERPRET=1), not on cpu")
+        raise ValueError(
+            "backend 'triton' takes tensors on a cuda device (on the CPU under TRITON_INTERPRET=1), not on cpu"
+        )
     return backends[backend]

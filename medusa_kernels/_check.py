@@ -1,4 +1,6 @@
-"""Argument checks for the front doors: each raises TypeError or ValueError naming the argument, what it was and what it must be."""
+"""Argument checks for the front doors: each raises TypeError or ValueError naming the argument, what it was and what
+it must be.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def dense_rows(name: str, value: Tensor, inner: int = 1) -> Tensor:
     step = 1
     for dim in range(value.dim() - 1, value.dim() - 1 - inner, -1):
         if value.shape[dim] != 1 and value.stride(dim) != step:
-            raise ValueError(f"{name} must be contiguous in its last {inner} dimension(s); its strides are {value.stride()}")
+            raise ValueError(
+                f"{name} must be contiguous in its last {inner} dimension(s); its strides are {value.stride()}"
+            )
         step *= value.shape[dim]
     return value
 
@@ -81,7 +85,9 @@ def integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def values_wanted(device: torch.device) -> bool:
-    """Whether tensor values are checked: always on the CPU; elsewhere only when MEDUSA_KERNELS_CHECK=1, since it stops the stream."""
+    """Whether tensor values are checked: always on the CPU; elsewhere only when MEDUSA_KERNELS_CHECK=1, since it
+    stops the stream.
+    """
     return device.type == "cpu" or os.environ.get("MEDUSA_KERNELS_CHECK") == "1"
 
 
@@ -100,7 +106,9 @@ def tree_mask(value: object, batch: int, n: int, device: torch.device) -> Tensor
     words = (n + 63) // 64
     mask = tensor("tree_mask", value, dtype=torch.int64, device=device)
     if tuple(mask.shape) not in ((n, words), (batch, n, words)):
-        raise ValueError(f"tree_mask must have shape ({n}, {words}) or ({batch}, {n}, {words}), not {tuple(mask.shape)}")
+        raise ValueError(
+            f"tree_mask must have shape ({n}, {words}) or ({batch}, {n}, {words}), not {tuple(mask.shape)}"
+        )
     mask = mask.contiguous()
     if values_wanted(device):
         rows = torch.arange(n, device=device)

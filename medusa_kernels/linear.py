@@ -43,7 +43,8 @@ def pack_linear(weight: Tensor, dtype: str = "bfloat16") -> PackedLinear:
     """Rounds a weight to `dtype` and lays it out for the CPU kernels: done once, at load.
 
     Args:
-        weight: (..., out_features, in_features) on the CPU, fp32, bf16 or fp16; leading dimensions make one matrix each.
+        weight: (..., out_features, in_features) on the CPU, fp32, bf16 or fp16; leading dimensions make one matrix
+        each.
         dtype: "float32", "bfloat16" or "float16" (round to nearest even), or "int8" (see docs of the CPU backend).
 
     Raises:

@@ -17,9 +17,7 @@ BACKENDS = {
 }
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, backend: str = "auto") -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight, per row, summed in fp32 (Zhang and Sennrich, 2019).
 
     Args:

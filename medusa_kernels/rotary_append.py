@@ -35,15 +35,15 @@ def rotary_append(
 ) -> None:
     """Rotates q in place and writes node i's rotated k and its v to row cache_seqlens[b] + i of the caches.
 
-    Node i stands at position cache_seqlens[b] + depths[i]. The pairs of a rotation are (j, j + rotary_dim / 2), as Llama
-    checkpoints lie (Su et al., 2021). Dimensions from rotary_dim on pass through.
+    Node i stands at position cache_seqlens[b] + depths[i]. The pairs of a rotation are (j, j + rotary_dim / 2), as
+    Llama checkpoints lie (Su et al., 2021). Dimensions from rotary_dim on pass through.
 
     Args:
         q: (batch, n, num_heads, head_dim) fp32, bf16 or fp16, rotated in place.
         k, v: (batch, n, num_kv_heads, head_dim) of q's dtype; read only.
         cos, sin: float32 (positions, rotary_dim / 2).
-        k_cache, v_cache: (batch, max_seqlen, num_kv_heads, head_dim) of one dtype, with equal strides; n rows are written.
-        cache_seqlens: int32 (batch,), 0 to max_seqlen - n.
+        k_cache, v_cache: (batch, max_seqlen, num_kv_heads, head_dim) of one dtype, with equal strides; n rows are
+        written. cache_seqlens: int32 (batch,), 0 to max_seqlen - n.
         depths: int32 (n,) or (batch, n), see `Tree.depths`.
         q_norm, k_norm: (head_dim,) weights of an RMSNorm over each head before the rotation (Qwen3), or None.
         norm_eps: that norm's epsilon.

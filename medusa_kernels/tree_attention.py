@@ -31,7 +31,8 @@ def tree_attention(
 ) -> Tensor:
     """Attention of `n` tree nodes over a K/V cache that already holds the nodes' own rows.
 
-    Node i of sequence b sees rows [0, cache_seqlens[b]) and those rows cache_seqlens[b] + j whose bit j is set in row i of the
+    Node i of sequence b sees rows [0, cache_seqlens[b]) and those rows cache_seqlens[b] + j whose bit j is set in row
+    i of the
     mask. n = 1 is plain decoding; a chain's mask is a causal block. Heads are grouped onto K/V heads in order (GQA).
 
     Args:

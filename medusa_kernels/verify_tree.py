@@ -59,12 +59,12 @@ def verify_tree(
     """Judges a whole tree from the base model's logits at its nodes.
 
     greedy: a child is accepted iff its token is its parent's argmax; the longest path wins.
-    typical: iff P[token] > min(posterior_threshold, posterior_alpha · exp(-H)), P = softmax(logits / temperature) at the
-        parent and H its entropy (Medusa, section 2.3.1); the longest path wins, then the larger sum of ln P.
+    typical: iff P[token] > min(posterior_threshold, posterior_alpha · exp(-H)), P = softmax(logits / temperature) at
+        the parent and H its entropy (Medusa, section 2.3.1); the longest path wins, then the larger sum of ln P.
     lossless: the target's own token is drawn at each node, and the child that carries it is descended to.
     Remaining ties: the lower node id. The token after a node at depth d is drawn with
-    u = Philox4x32-10(key = seed, counter = offset + d + 1) by the inverse CDF over ascending token ids, from P truncated by
-    top_k, then top_p. temperature 0 is greedy in every mode.
+    u = Philox4x32-10(key = seed, counter = offset + d + 1) by the inverse CDF over ascending token ids, from P
+    truncated by top_k, then top_p. temperature 0 is greedy in every mode.
 
     Args:
         logits: (batch, n, vocab) fp32, bf16 or fp16; row i is what the base model says after node i.
@@ -79,8 +79,8 @@ def verify_tree(
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        accepted_nodes int32 (batch, max_depth + 1), root first and -1 padded; accept_length int32 (batch,), its nodes beyond
-        the root; next_token int32 (batch,). Nothing else is written.
+        accepted_nodes int32 (batch, max_depth + 1), root first and -1 padded; accept_length int32 (batch,), its nodes
+        beyond the root; next_token int32 (batch,). Nothing else is written.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -102,7 +102,9 @@ def verify_tree(
     )
     if torch.compiler.is_compiling():
         if max_depth is None:
-            raise ValueError("max_depth must be given under torch.compile: the result's width cannot depend on parents' values")
+            raise ValueError(
+                "max_depth must be given under torch.compile: the result's width cannot depend on parents' values"
+            )
         return torch.ops.medusa_kernels.verify_tree(logits, tree_tokens, parents, list(how or ()), max_depth, backend)
     return _checked(logits, tree_tokens, parents, how, max_depth, backend)
 
@@ -170,7 +172,9 @@ def _check_column(name: str, value: Tensor) -> None:
         found = value[~good][0].item()
         raise ValueError(f"{name} must be finite, {'above' if above else 'at least'} {low}{limit}, not {found}")
     if name == "temperature" and bool(((value > 0) & (value < MIN_TEMPERATURE)).any()):
-        raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {value[value > 0].min().item():.3g}")
+        raise ValueError(
+            f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, not {value[value > 0].min().item():.3g}"
+        )
 
 
 def _seeds(batch: int, seed: int | Tensor | None) -> Tensor:
@@ -184,7 +188,9 @@ def _seeds(batch: int, seed: int | Tensor | None) -> Tensor:
 
 
 def _depth(parents: Tensor) -> int:
-    """Largest depth of any tree in `parents`: a loop over nodes on the host, which a driver avoids by passing max_depth."""
+    """Largest depth of any tree in `parents`: a loop over nodes on the host, which a driver avoids by passing
+    max_depth.
+    """
     if parents.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError("max_depth must be given when parents is on the device and a CUDA graph is being captured")
     deepest = 0

@@ -1,8 +1,9 @@
 """The backends that can run here, each as a callable that takes an op's front-door arguments.
 
-`matrix(op, cases)` pairs them with the cases they take; a pair that cannot run is not collected, and test_backends.py asserts
-which backends must be here. To add one, add a row to `_candidates`. A backend with `launches` stands in for the op's own table
-(tests/emulation runs the CUDA kernels' bodies on CPU tensors this way), so it gets the same checks and the same outputs.
+`matrix(op, cases)` pairs them with the cases they take; a pair that cannot run is not collected, and test_backends.py
+asserts which backends must be here. To add one, add a row to `_candidates`. A backend with `launches` stands in for the
+op's own table (tests/emulation runs the CUDA kernels' bodies on CPU tensors this way), so it gets the same checks and
+the same outputs.
 """
 
 from __future__ import annotations
@@ -145,7 +146,9 @@ def backends_for(op: str) -> list[Backend]:
     return [backend for backend in _candidates() if not backend.unavailable(op)]
 
 
-def matrix(op: str, cases: Iterable, *, reference: bool = True, ids: Callable[[object], str] = str) -> pytest.MarkDecorator:
+def matrix(
+    op: str, cases: Iterable, *, reference: bool = True, ids: Callable[[object], str] = str
+) -> pytest.MarkDecorator:
     """Parametrises (backend, case) over every backend that runs `op` here and takes the case."""
     pairs = [
         pytest.param(backend, case, id=f"{backend.id}-{ids(case)}")

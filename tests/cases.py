@@ -1,4 +1,5 @@
-"""Random inputs. What an op must not read is NaN: rows past the tree, gaps between rows of a strided view, unused padding."""
+"""Random inputs. What an op must not read is NaN: rows past the tree, gaps between rows of a strided view, unused
+padding."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def random_tree(n: int, g: torch.Generator, max_rank: int = 12) -> Tree:
 
 
 def tree_of(kind: str, n: int, g: torch.Generator) -> Tree:
-    """"chain", "star" (every node a child of the root) or "random"."""
+    """ "chain", "star" (every node a child of the root) or "random"."""
     if kind == "chain":
         return Tree.from_choices([[0] * depth for depth in range(1, n)])
     if kind == "star":

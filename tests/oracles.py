@@ -1,6 +1,7 @@
 """Independent definitions: dense masks, float64, brute force. They share no code with medusa_kernels/reference.
 
-Float oracles take the dtype to compute in: float64 is exact, the inputs' own dtype is "plain PyTorch" (tests/tolerances.py).
+Float oracles take the dtype to compute in: float64 is exact, the inputs' own dtype is "plain PyTorch"
+(tests/tolerances.py).
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ def words(visible: Tensor) -> Tensor:
 
 
 def tree_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, visible: Tensor, scale: float | None, dtype: torch.dtype
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    scale: float | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`visible` is bool (batch, n, n)."""
     n = q.shape[1]
     rows = []
     for b, prefix in enumerate(lengths.tolist()):
         mask = torch.cat([torch.ones(n, prefix, dtype=torch.bool), visible[b]], dim=1)
-        query, key, value = (t.to(dtype).transpose(0, 1) for t in (q[b], k_cache[b, : prefix + n], v_cache[b, : prefix + n]))
+        query, key, value = (
+            t.to(dtype).transpose(0, 1) for t in (q[b], k_cache[b, : prefix + n], v_cache[b, : prefix + n])
+        )
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
         rows.append(out.transpose(0, 1))
     return torch.stack(rows)
@@ -61,7 +70,8 @@ def silu_mul(gate_up: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (n, heads, head_dim); angles float64 (n, half). Each pair (j, j + half) is a complex number turned by its angle."""
+    """x (n, heads, head_dim); angles float64 (n, half). Each pair (j, j + half) is a complex number turned by its
+    angle."""
     half = angles.shape[1]
     x = x.to(dtype)
     cos, sin = angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
@@ -111,7 +121,9 @@ def uniform(seed: int, counter: int) -> float:
 class Verdict:
     path: list[int]
     token: int
-    margin: float  # the smallest distance of a number to the one it was compared with: rounding below it changes nothing
+    margin: (
+        float  # the smallest distance of a number to the one it was compared with: rounding below it changes nothing
+    )
 
     @property
     def accept_length(self) -> int:

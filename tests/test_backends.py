@@ -1,4 +1,5 @@
-"""Which backends are here, that each really runs what it is called after, and that the harness would notice if it cheated."""
+"""Which backends are here, that each really runs what it is called after, and that the harness would notice if it
+cheated."""
 
 from __future__ import annotations
 
@@ -35,10 +36,16 @@ def test_the_expected_backends_are_here(op):
     found = {backend.id for backend in backends_for(op)}
     expected = {"reference"}
     if HAS_MODULE:
-        expected |= {"cpu-portable"} | {f"cpu-{isa}" for isa, flag in (("avx2", "avx2"), ("avx512", "avx512_vnni")) if x86(flag)}
+        expected |= {"cpu-portable"} | {
+            f"cpu-{isa}" for isa, flag in (("avx2", "avx2"), ("avx512", "avx512_vnni")) if x86(flag)
+        }
     if HAS_MODULE and _backends._C.built_with_cuda and torch.cuda.is_available():
         expected.add("cuda")
-    if op in MEDUSA_OPS and importlib.util.find_spec(f"medusa_kernels.triton.{op}") and importlib.util.find_spec("triton"):
+    if (
+        op in MEDUSA_OPS
+        and importlib.util.find_spec(f"medusa_kernels.triton.{op}")
+        and importlib.util.find_spec("triton")
+    ):
         expected.add("triton")
     if not torch.cuda.is_available() and (CUDA_SOURCES / op).with_suffix(".cu").exists() and shutil.which("g++"):
         expected.add("cuda-emulated")
@@ -62,7 +69,7 @@ def test_each_instruction_set_is_in_force():
         if backend.isa:
             with backend.active():
                 assert _backends._C.cpu.isa() == backend.isa
-    best = [b.isa for b in backends_for("silu_mul") if b.isa][0]
+    best = next(b.isa for b in backends_for("silu_mul") if b.isa)
     assert _backends._C.cpu.isa() == best
 
 

@@ -24,7 +24,9 @@ class Case:
     width: int = 6
     dtype: torch.dtype = F32
     layout: str = "dense"
-    path: str = "random"  # "stay": nodes 0, 1, 2, ... already lie in place; "far": the last nodes; "root": nothing moves
+    path: str = (
+        "random"  # "stay": nodes 0, 1, 2, ... already lie in place; "far": the last nodes; "root": nothing moves
+    )
 
     @property
     def work(self) -> int:

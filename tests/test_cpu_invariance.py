@@ -56,7 +56,15 @@ def random_tree(nodes: int, generator: torch.Generator) -> Tree:
 @pytest.mark.parametrize("kv_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("prefix", "nodes", "heads", "kv_heads", "head_dim"),
-    [(0, 1, 1, 1, 8), (0, 40, 6, 2, 64), (5, 64, 9, 3, 64), (250, 12, 4, 4, 20), (255, 70, 2, 1, 80), (700, 33, 8, 2, 128), (1030, 9, 3, 1, 5)],
+    [
+        (0, 1, 1, 1, 8),
+        (0, 40, 6, 2, 64),
+        (5, 64, 9, 3, 64),
+        (250, 12, 4, 4, 20),
+        (255, 70, 2, 1, 80),
+        (700, 33, 8, 2, 128),
+        (1030, 9, 3, 1, 5),
+    ],
     ids=str,
 )
 def test_a_tree_node_attends_as_plain_decoding(isa, kv_dtype, prefix, nodes, heads, kv_heads, head_dim):
@@ -80,7 +88,9 @@ def test_a_tree_node_attends_as_plain_decoding(isa, kv_dtype, prefix, nodes, hea
 
 
 @pytest.mark.parametrize("dtype", PACKED)
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(64, 576, 960), (17, 100, 33), (256, 70, 129), (9, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"), [(64, 576, 960), (17, 100, 33), (256, 70, 129), (9, 1, 1)], ids=str
+)
 def test_a_linear_row_stands_alone(isa, dtype, rows, inputs, outputs):
     torch.manual_seed(0)
     x, bias, residual = torch.randn(rows, inputs), torch.randn(outputs), torch.randn(rows, outputs)

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(_C is None, reason="medusa_kernels._C is not bui
 
 
 def run(code: str, **environment: str) -> str:
-    setup = "import os, torch\nfrom medusa_kernels import linear, pack_linear\nfrom medusa_kernels._backends import _C\n"
+    setup = (
+        "import os, torch\nfrom medusa_kernels import linear, pack_linear\nfrom medusa_kernels._backends import _C\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", setup + textwrap.dedent(code)],
         env={**os.environ, **environment},

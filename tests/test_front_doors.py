@@ -1,8 +1,10 @@
-"""Malformed calls: each raises TypeError or ValueError whose message names the argument, what it was and what it must be.
+"""Malformed calls: each raises TypeError or ValueError whose message names the argument, what it was and what it must
+be.
 
 A row is an op, the arguments that differ from a good call of it, the exception, and the words its message must hold.
 """
 
+# ruff: noqa: E501 - a table: one malformed call per line
 from __future__ import annotations
 
 import pytest
@@ -202,7 +204,9 @@ def test_the_good_calls_work(op):
     getattr(mk, op)(**good(op))
 
 
-@pytest.mark.parametrize(("op", "change", "error", "words"), ROWS, ids=[f"{op}-{'+'.join(c)}-{i}" for i, (op, c, *_) in enumerate(ROWS)])
+@pytest.mark.parametrize(
+    ("op", "change", "error", "words"), ROWS, ids=[f"{op}-{'+'.join(c)}-{i}" for i, (op, c, *_) in enumerate(ROWS)]
+)
 def test_malformed_call(op, change, error, words):
     with pytest.raises(error) as caught:
         getattr(mk, op)(**good(op) | change)
@@ -220,7 +224,10 @@ def test_a_refused_call_changes_nothing():
 
 
 def test_cuda_on_the_cpu_says_why():
-    with pytest.raises(ValueError, match=r"backend 'cuda' (is not available for silu_mul: .+|takes tensors on a cuda device, not on cpu)"):
+    with pytest.raises(
+        ValueError,
+        match=r"backend 'cuda' (is not available for silu_mul: .+|takes tensors on a cuda device, not on cpu)",
+    ):
         mk.silu_mul(torch.zeros(1, 2), backend="cuda")
 
 

@@ -84,7 +84,11 @@ def test_against_float64(backend, case):
 
 if CPU:
     PACKED = [
-        *(Case(rows=r, outputs=o, inputs=i) for r in (1, 3, 8, 17, 64) for o, i in ((48, 64), (33, 65), (1, 1), (129, 576))),
+        *(
+            Case(rows=r, outputs=o, inputs=i)
+            for r in (1, 3, 8, 17, 64)
+            for o, i in ((48, 64), (33, 65), (1, 1), (129, 576))
+        ),
         *(Case(dtype=d, weight=d, bias=F32, residual=True) for d in (F32, BF16, F16)),
     ]
 
@@ -109,7 +113,8 @@ if CPU:
     @on_cpu
     @pytest.mark.parametrize("dtype", [None, *PACKED_DTYPES])
     def test_a_row_does_not_depend_on_the_rows_beside_it(backend, dtype):
-        """One order of summation, whatever the number of rows: what makes Medusa's logits plain decoding's, bit for bit."""
+        """One order of summation, whatever the number of rows: what makes Medusa's logits plain decoding's, bit for
+        bit."""
         x, weight, bias, _ = inputs(Case(rows=40, inputs=577, outputs=65, bias=F32))
         weight = weight if dtype is None else pack_linear(weight, dtype)
         whole = backend.run(OP, x, weight, bias)

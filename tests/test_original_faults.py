@@ -1,6 +1,8 @@
-"""Each known fault of the original Medusa that concerns trees, heads or acceptance, and a test that would catch it here.
+"""Each known fault of the original Medusa that concerns trees, heads or acceptance, and a test that would catch it
+here.
 
-Faults of loading and of the driver (silent missing tensors, trailing EOS, detokenising, RoPE kinds, ...) are tests/engine's.
+Faults of loading and of the driver (silent missing tensors, trailing EOS, detokenising, RoPE kinds, ...) are
+tests/engine's.
 """
 
 from __future__ import annotations
@@ -138,12 +140,16 @@ def test_the_root_after_typical_acceptance_is_sampled(backend):
         tokens = torch.zeros(100, 1, dtype=torch.int32)
         keywords = {"mode": "typical", "seed": 5, "offset": offset}
         draws.update(backend.run("verify_tree", logits, tokens, i32(-1), **keywords)[2].tolist())
-    assert all(abs(draws[token] / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5 for token, share in enumerate(p.tolist()))
+    assert all(
+        abs(draws[token] / 600 - share) < 4 * (share * (1 - share) / 600) ** 0.5
+        for token, share in enumerate(p.tolist())
+    )
 
 
 @every_backend("verify_tree")
 def test_siblings_share_one_draw(backend):
-    """The original's nucleus mode draws anew for every path: with all tokens as children, some child must always be accepted."""
+    """The original's nucleus mode draws anew for every path: with all tokens as children, some child must always be
+    accepted."""
     tree = Tree.from_choices([[rank] for rank in range(4)])
     logits = torch.zeros(50, 5, 4)
     tokens = i32([0, 0, 1, 2, 3]).expand(50, 5).contiguous()
@@ -151,7 +157,9 @@ def test_siblings_share_one_draw(backend):
         "verify_tree", logits, tokens, tree.parents, mode="lossless", seed=3, offset=torch.arange(50)
     )
     assert length.tolist() == [1] * 50
-    assert [int(tokens[b, node]) for b, node in enumerate(accepted[:, 1])] == [int(4 * oracles.uniform(3, b + 1)) for b in range(50)]
+    assert [int(tokens[b, node]) for b, node in enumerate(accepted[:, 1])] == [
+        int(4 * oracles.uniform(3, b + 1)) for b in range(50)
+    ]
 
 
 @pytest.mark.parametrize("backend", [b.door for b in backends_for("tree_attention") if b.door != "reference"][:1])
@@ -188,5 +196,7 @@ def test_a_batch_is_its_sequences(backend):
         together = backend.run("verify_tree", logits, tokens, tree.parents, mode=mode, seed=seed, offset=offset)
         for b in range(4):
             one = slice(b, b + 1)
-            alone = backend.run("verify_tree", logits[one], tokens[one], tree.parents, mode=mode, seed=seed[one], offset=offset[one])
+            alone = backend.run(
+                "verify_tree", logits[one], tokens[one], tree.parents, mode=mode, seed=seed[one], offset=offset[one]
+            )
             assert all(torch.equal(a, t[one]) for a, t in zip(alone, together, strict=True))

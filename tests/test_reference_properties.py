@@ -1,4 +1,5 @@
-"""The reference is the definition every backend is held to; here it is held to definitions that share no code with it."""
+"""The reference is the definition every backend is held to; here it is held to definitions that share no code with
+it."""
 
 from __future__ import annotations
 
@@ -43,14 +44,22 @@ def test_mask_words_are_the_ancestors(tree):
     assert torch.equal(oracles.words(visible), tree.mask_words)
 
 
-@given(trees(), seeds, st.sampled_from([(1, 1), (2, 1), (3, 3), (6, 2)]), st.integers(1, 40), st.lists(st.integers(0, 30), min_size=1, max_size=3))
+@given(
+    trees(),
+    seeds,
+    st.sampled_from([(1, 1), (2, 1), (3, 3), (6, 2)]),
+    st.integers(1, 40),
+    st.lists(st.integers(0, 30), min_size=1, max_size=3),
+)
 def test_attention_equals_sdpa_with_a_dense_mask(tree, seed, heads, head_dim, prefixes):
     n, batch = tree.num_nodes, len(prefixes)
     q = torch.randn(batch, n, heads[0], head_dim, generator=g(seed))
     k, v = torch.randn(2, batch, max(prefixes) + n, heads[1], head_dim, generator=g(seed + 1))
     lengths = torch.tensor(prefixes, dtype=torch.int32)
     visible = oracles.ancestors(tree.parents.tolist()).expand(batch, n, n)
-    exact, plain = (oracles.tree_attention(q, k, v, lengths, visible, None, dtype) for dtype in (torch.float64, torch.float32))
+    exact, plain = (
+        oracles.tree_attention(q, k, v, lengths, visible, None, dtype) for dtype in (torch.float64, torch.float32)
+    )
     assert_close(mk.tree_attention(q, k, v, lengths, tree.mask_words, backend="reference"), exact, plain)
 
 
@@ -58,7 +67,9 @@ def test_attention_equals_sdpa_with_a_dense_mask(tree, seed, heads, head_dim, pr
 def test_a_chain_is_a_causal_block(n, prefix, seed):
     q, k, v = torch.randn(3, 1, prefix + n, 2, 8, generator=g(seed))
     chain = Tree.from_choices([[0] * depth for depth in range(1, n)])
-    out = mk.tree_attention(q[:, prefix:], k, v, torch.tensor([prefix], dtype=torch.int32), chain.mask_words, backend="reference")
+    out = mk.tree_attention(
+        q[:, prefix:], k, v, torch.tensor([prefix], dtype=torch.int32), chain.mask_words, backend="reference"
+    )
     causal = F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v)), is_causal=True)
     assert_close(out, causal.transpose(1, 2)[:, prefix:], out)
 
@@ -122,20 +133,31 @@ def test_rotation_keeps_lengths_and_sees_only_distance(half, first, second, shif
             cache = torch.zeros(1, 800, 1, 2 * half)
             position = torch.tensor([at], dtype=torch.int32)
             zero = torch.zeros(1, dtype=torch.int32)
-            mk.rotary_append(x, x.clone(), x, angles.cos().float(), angles.sin().float(), cache, cache.clone(), position, zero,
-                             backend="reference")  # fmt: skip
+            turn = angles.cos().float(), angles.sin().float()
+            mk.rotary_append(x, x.clone(), x, *turn, cache, cache.clone(), position, zero, backend="reference")
             assert torch.equal(cache[0, at], x[0, 0])
             rotated.append(x)
         assert torch.allclose(rotated[0].norm(), q.norm(), rtol=1e-5)
         return float((rotated[0] * rotated[1]).sum())
 
-    assert score(first, second) == pytest.approx(score(first + shift, second + shift), abs=1e-4 * float(q.norm() * k.norm()))
+    assert score(first, second) == pytest.approx(
+        score(first + shift, second + shift), abs=1e-4 * float(q.norm() * k.norm())
+    )
 
 
 # draft_heads
 
 
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 20), st.integers(1, 60), st.booleans(), st.booleans(), seeds)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(1, 20),
+    st.integers(1, 60),
+    st.booleans(),
+    st.booleans(),
+    seeds,
+)
 def test_draft_heads_are_log_softmax_and_topk(batch, heads, layers, size, vocab, own, bias, seed):
     hidden = torch.randn(batch, size, generator=g(seed))
     blocks = torch.randn(heads, layers, size, size, generator=g(seed + 1)) / size
@@ -143,7 +165,8 @@ def test_draft_heads_are_log_softmax_and_topk(batch, heads, layers, size, vocab,
     lm_head = torch.randn(*([heads] if own else []), vocab, size, generator=g(seed + 3))
     tokens, logprobs = mk.draft_heads(hidden, blocks, biases, lm_head, vocab, backend="reference")
     exact, plain = (
-        oracles.head_logprobs(hidden, blocks, biases, lm_head, dtype).flatten(0, 1) for dtype in (torch.float64, torch.float32)
+        oracles.head_logprobs(hidden, blocks, biases, lm_head, dtype).flatten(0, 1)
+        for dtype in (torch.float64, torch.float32)
     )
     assert_ranked(tokens.flatten(0, 1), logprobs.flatten(0, 1), exact, plain)
     few = mk.draft_heads(hidden, blocks, biases, lm_head, 1 + vocab // 2, backend="reference")
@@ -242,7 +265,14 @@ def test_greedy_equals_a_search_of_all_paths(tree, vocab, seed):
 
 
 @pytest.mark.parametrize("mode", ["typical", "lossless"])
-@given(trees(most=12), st.integers(1, 6), seeds, st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.sampled_from([1.0, 0.7]), st.sampled_from([0, 2]))
+@given(
+    trees(most=12),
+    st.integers(1, 6),
+    seeds,
+    st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    st.sampled_from([1.0, 0.7]),
+    st.sampled_from([0, 2]),
+)
 def test_sampled_modes_equal_a_search_of_all_paths(mode, tree, vocab, seed, temperature, top_p, top_k):
     logits = torch.randn(1, tree.num_nodes, vocab, generator=g(seed))
     tokens = torch.randint(0, vocab, (1, tree.num_nodes), generator=g(seed), dtype=torch.int32)
@@ -263,10 +293,13 @@ def eighths(seed: int, rows: int, vocab: int) -> torch.Tensor:
     return edges.diff(dim=-1).long()
 
 
-@pytest.mark.parametrize("choices", [[[0], [1], [0, 0], [0, 1]], [[0], [0, 0]], [[0], [1], [2]], []], ids=["tree", "chain", "star", "root"])
+@pytest.mark.parametrize(
+    "choices", [[[0], [1], [0, 0], [0, 1]], [[0], [0, 0]], [[0], [1], [2]], []], ids=["tree", "chain", "star", "root"]
+)
 @pytest.mark.parametrize("seed", range(6))
 def test_lossless_emits_the_target_distribution_exactly(choices, seed, monkeypatch):
-    """Every u of a grid per depth: the share of each emitted text is the target's product of probabilities, with no error."""
+    """Every u of a grid per depth: the share of each emitted text is the target's product of probabilities, with no
+    error."""
     tree, vocab = Tree.from_choices(choices), 3
     shares = eighths(seed, tree.num_nodes, vocab)
     tokens = torch.randint(0, vocab, (1, tree.num_nodes), generator=g(seed), dtype=torch.int32)
@@ -306,7 +339,7 @@ def test_typical_draws_its_next_token_from_the_target(seed, monkeypatch):
     drawn = Counter()
     for i in range(GRID):
         us.update({1: (i + 0.5) / GRID, 2: (i + 0.5) / GRID})
-        accepted, length, token = mk.verify_tree(logits, tokens, tree.parents, mode="typical", seed=0, backend="reference")
+        _, length, token = mk.verify_tree(logits, tokens, tree.parents, mode="typical", seed=0, backend="reference")
         drawn[int(token)] += 1
     assert int(length[0]) == 1  # the likeliest of four tokens always passes min(0.09, ...)
     assert drawn == {token: share for token, share in enumerate(shares[1].tolist()) if share}
@@ -318,11 +351,9 @@ def test_typical_s_threshold(epsilon, alpha, vocab, seed, temperature):
     p = (logits[0, 0].double() / temperature).softmax(-1)
     limit = min(epsilon, alpha * math.exp((p * p.log()).sum()))
     assume((p - limit).abs().min() > GAP)
+    numbers = {"temperature": temperature, "posterior_threshold": epsilon, "posterior_alpha": alpha, "seed": 0}
     for token in range(vocab):
-        length = mk.verify_tree(
-            logits, torch.tensor([[0, token]], dtype=torch.int32), Tree.named("chain-1").parents, mode="typical", seed=0,
-            temperature=temperature, posterior_threshold=epsilon, posterior_alpha=alpha, backend="reference",
-        )[1]  # fmt: skip
+        tokens = torch.tensor([[0, token]], dtype=torch.int32)
+        chain = Tree.named("chain-1").parents
+        length = mk.verify_tree(logits, tokens, chain, mode="typical", **numbers, backend="reference")[1]
         assert int(length[0]) == int(p[token] > limit)
-
-

@@ -37,7 +37,11 @@ class Case:
 
 
 CASES = [
-    *(Case(hidden=h, residual=r) for h in (1, 2, 3, 7, 8, 15, 16, 17, 33, 63, 65, 127, 576, 1001, 4096) for r in (False, True)),
+    *(
+        Case(hidden=h, residual=r)
+        for h in (1, 2, 3, 7, 8, 15, 16, 17, 33, 63, 65, 127, 576, 1001, 4096)
+        for r in (False, True)
+    ),
     *(Case(rows=r) for r in (1, 2, 16, 65, 256)),
     *(Case(dtype=d, weight_dtype=w, hidden=h) for d in (F32, BF16, F16) for w in (F32, BF16, F16) for h in (31, 576)),
     *(Case(layout=layout, dtype=d) for layout in ("gaps", "transposed") for d in (F32, BF16)),

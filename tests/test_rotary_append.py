@@ -71,15 +71,21 @@ def inputs(case: Case):
     shape = (case.batch, case.n, case.heads + 2 * case.kv_heads, case.head_dim)
     qkv = cases.normal(shape, case.dtype, g)
     q, k, v = qkv.split([case.heads, case.kv_heads, case.kv_heads], dim=2)
-    caches = torch.full((2, case.batch, rows, case.kv_heads, case.head_dim), torch.nan, dtype=case.kv_dtype or case.dtype)
+    caches = torch.full(
+        (2, case.batch, rows, case.kv_heads, case.head_dim), torch.nan, dtype=case.kv_dtype or case.dtype
+    )
     k_cache, v_cache = caches
     if case.layout == "dense":
-        q, k, v, k_cache, v_cache = (t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, k_cache, v_cache))
+        q, k, v, k_cache, v_cache = (
+            t.clone(memory_format=torch.contiguous_format) for t in (q, k, v, k_cache, v_cache)
+        )
     elif case.layout == "gaps":
         q, k, v, depths = (cases.strided(t) for t in (q, k, v, depths))
         k_cache, v_cache = cases.strided(caches)
     elif case.layout == "heads-first":
-        q, k, v, k_cache, v_cache = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, k_cache, v_cache))
+        q, k, v, k_cache, v_cache = (
+            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, k_cache, v_cache)
+        )
     half = (case.rotary_dim or case.head_dim) // 2
     angles = torch.outer(torch.arange(rows).double(), 100.0 ** (-torch.arange(half).double() / half))
     norms = (None, None)

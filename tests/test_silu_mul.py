@@ -31,7 +31,11 @@ class Case:
 
 
 CASES = [
-    *(Case(ffn=f, dtype=d) for f in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 1001, 1536) for d in (F32, BF16, F16)),
+    *(
+        Case(ffn=f, dtype=d)
+        for f in (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 1001, 1536)
+        for d in (F32, BF16, F16)
+    ),
     *(Case(rows=r) for r in (1, 2, 16, 65, 256)),
     *(Case(layout=layout, dtype=d) for layout in ("gaps", "transposed") for d in (F32, BF16)),
     *(Case(size=s) for s in (0.0, 1e-20, 1e-3, 30.0)),

@@ -1,7 +1,7 @@
 """verify_tree: every backend against a brute force in float64, in every mode; token ids, paths and lengths are exact.
 
-A draw, a threshold or a sum only decides if nothing it is compared with lies within rounding, so `inputs` takes the first of a
-fixed series of random inputs whose comparisons are all at least tolerances.GAP apart.
+A draw, a threshold or a sum only decides if nothing it is compared with lies within rounding, so `inputs` takes the
+first of a fixed series of random inputs whose comparisons are all at least tolerances.GAP apart.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Case:
     def __str__(self) -> str:
         numbers = "".join(f"-{key}={str(value).replace(' ', '')}" for key, value in self.numbers.items())
         flags = "-own-trees" * self.own_trees + f"-wider{self.wider}" * bool(self.wider)
-        flags += "-duplicates" * self.duplicates + "-masked" * self.masked + f"-spread{self.spread:g}" * (self.spread != 1.5)
+        flags += (
+            "-duplicates" * self.duplicates + "-masked" * self.masked + f"-spread{self.spread:g}" * (self.spread != 1.5)
+        )
         return (
             f"{'+'.join(self.modes)}-{self.kind}{self.n}-b{self.batch}-v{self.vocab}-{SHORT[self.dtype]}"
             f"-{self.layout}{numbers}{flags}"
@@ -286,5 +288,8 @@ def test_seeded_lossless_medusa_equals_seeded_plain_sampling(backend, truncation
 
 @every_backend(OP)
 def test_no_seed_means_fresh_entropy(backend):
-    drawn = {verdict(backend, torch.zeros(1, 1, 997), [0], Tree.from_choices([]).parents, mode="lossless")[1] for _ in range(8)}
+    drawn = {
+        verdict(backend, torch.zeros(1, 1, 997), [0], Tree.from_choices([]).parents, mode="lossless")[1]
+        for _ in range(8)
+    }
     assert len(drawn) > 1

@@ -13,7 +13,7 @@ constexpr int kLine = 64;
 
 // How many rows share a weight load: the sums must fit the registers, with some left for weights and a broadcast.
 constexpr int kFloatRows = kRegisters == 32 ? 12 : 6;
-constexpr int kInt8Rows = kRegisters == 32 ? 12 : 4;
+constexpr int kInt8Rows = kRegisters == 32 ? 8 : 4;
 
 inline void load_strip(const float* p, int strip, Vec& low, Vec& high) {
   low = load(p + strip * kWidth);
@@ -27,9 +27,14 @@ inline void load_strip(const bf16* p, int strip, Vec& low, Vec& high) {
   split_pairs(load_pairs(p + strip * 2 * kWidth), low, high);
 }
 
+// One of the passes over a tile: they take turns at prefetching, so that each leaves memory time to work.
+struct Pass {
+  int index, count;
+};
+
 // R rows times the strips [strip, strip + S) of a tile.
-template <class W, int R, int S, bool kAhead>
-void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, float* out, int64_t ld) {
+template <class W, int R, int S>
+void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, Pass pass, float* out, int64_t ld) {
   Vec sums[R][2 * S];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < 2 * S; ++c) sums[r][c] = zero();
@@ -49,12 +54,13 @@ void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, 
   for (; i + 4 <= k; i += 4) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) step(w + (i + u) * kTile, x + i + u);
-    if (kAhead) {
-      constexpr int kBytes = 4 * kTile * static_cast<int>(sizeof(W));
+    constexpr int kBytes = 4 * kTile * static_cast<int>(sizeof(W));
+    if (pass.index-- == 0) {
+      pass.index = pass.count - 1;
 #pragma GCC unroll 8
       for (int b = 0; b < kBytes; b += kLine) prefetch(ahead + b);
-      ahead += kBytes;
     }
+    ahead += kBytes;
   }
   for (; i < k; ++i) step(w + i * kTile, x + i);
   for (int r = 0; r < R; ++r) {
@@ -66,8 +72,8 @@ void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, 
 }
 
 // As float_kernel: exact integer sums inside a group, floats from group to group.
-template <int R, int S, bool kAhead>
-void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, float* out, int64_t ld) {
+template <int R, int S>
+void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, Pass pass, float* out, int64_t ld) {
   const int groups = static_cast<int>(ceil_div(rows.k, kGroup));
   const uint8_t* w = tile + kTile * sizeof(float);
   const int8_t* q = rows.q + static_cast<int64_t>(row) * groups * kGroup;
@@ -85,6 +91,11 @@ void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, floa
       for (int c = 0; c < 2 * S; ++c) part[r][c] = dot_start(offset);
     }
     for (int i = 0; i < kGroup; i += 16) {
+      if (pass.index-- == 0) {
+        pass.index = pass.count - 1;
+#pragma GCC unroll 8
+        for (int b = 0; b < 16 * kTile; b += kLine) prefetch(w + kPrefetch + b);
+      }
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
         Bytes bytes[2 * S];
@@ -98,10 +109,6 @@ void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, floa
           memcpy(&four, q + r * stride + i + 4 * u, 4);
 #pragma GCC unroll 8
           for (int c = 0; c < 2 * S; ++c) part[r][c] = dot4(part[r][c], bytes[c], four);
-        }
-        if (kAhead) {
-          prefetch(w + kPrefetch);
-          prefetch(w + kPrefetch + kLine);
         }
         w += 4 * kTile;
       }
@@ -126,29 +133,21 @@ void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, floa
 
 // Few rows leave registers for every strip of the tile at once; many go strip by strip.
 template <class W, int R>
-void float_block(const W* tile, const Rows& rows, int row, bool ahead, float* out, int64_t ld) {
-  constexpr int kAtOnce = R * 2 * kStrips <= kFloatRows * 2 ? kStrips : 1;
+void float_block(const W* tile, const Rows& rows, int row, Pass block, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kFloatRows * 2 ? kStrips : 1, kPasses = kStrips / kAtOnce;
   const float* x = rows.x + row * rows.row_stride;
-  out += row * ld;
-  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
-    if (ahead && strip == 0) {
-      float_kernel<W, R, kAtOnce, true>(tile, x, rows.row_stride, rows.k, strip, out, ld);
-    } else {
-      float_kernel<W, R, kAtOnce, false>(tile, x, rows.row_stride, rows.k, strip, out, ld);
-    }
+  for (int i = 0; i < kPasses; ++i) {
+    const Pass pass = {block.index * kPasses + i, block.count * kPasses};
+    float_kernel<W, R, kAtOnce>(tile, x, rows.row_stride, rows.k, i * kAtOnce, pass, out + row * ld, ld);
   }
 }
 
 template <int R>
-void int8_block(const uint8_t* tile, const Rows& rows, int row, bool ahead, float* out, int64_t ld) {
-  constexpr int kAtOnce = R * 2 * kStrips <= kInt8Rows * 2 ? kStrips : 1;
-  out += row * ld;
-  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
-    if (ahead && strip == 0) {
-      int8_kernel<R, kAtOnce, true>(tile, rows, row, strip, out, ld);
-    } else {
-      int8_kernel<R, kAtOnce, false>(tile, rows, row, strip, out, ld);
-    }
+void int8_block(const uint8_t* tile, const Rows& rows, int row, Pass block, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kInt8Rows * 2 ? kStrips : 1, kPasses = kStrips / kAtOnce;
+  for (int i = 0; i < kPasses; ++i) {
+    const Pass pass = {block.index * kPasses + i, block.count * kPasses};
+    int8_kernel<R, kAtOnce>(tile, rows, row, i * kAtOnce, pass, out + row * ld, ld);
   }
 }
 
@@ -165,21 +164,21 @@ inline void with_count(int count, const Body& body) {
   body(Count<kMost>());
 }
 
-// Blocks of nearly equal size: 16 rows are 8 + 8, not 12 + 4. Only the first block prefetches.
+// Blocks of nearly equal size: 16 rows are 8 + 8, not 12 + 4.
 template <int kMost, class Body>
 inline void for_row_blocks(int rows, const Body& body) {
   const int blocks = static_cast<int>(ceil_div(rows, kMost));
   for (int b = 0; b < blocks; ++b) {
     const int row = static_cast<int>(static_cast<int64_t>(rows) * b / blocks);
     const int next = static_cast<int>(static_cast<int64_t>(rows) * (b + 1) / blocks);
-    with_count<kMost>(next - row, [&](auto count) { body(count, row, b == 0); });
+    with_count<kMost>(next - row, [&](auto count) { body(count, row, Pass{b, blocks}); });
   }
 }
 
 template <class W>
 void multiply_float(const Rows& rows, const void* tile, float* out, int64_t ld) {
-  for_row_blocks<kFloatRows>(rows.rows, [&](auto count, int row, bool ahead) {
-    float_block<W, decltype(count)::value>(static_cast<const W*>(tile), rows, row, ahead, out, ld);
+  for_row_blocks<kFloatRows>(rows.rows, [&](auto count, int row, Pass block) {
+    float_block<W, decltype(count)::value>(static_cast<const W*>(tile), rows, row, block, out, ld);
   });
 }
 
@@ -321,8 +320,8 @@ void multiply_tile(const Rows& rows, WeightFormat format, const void* tile, floa
     case WeightFormat::packed_f16:
       return multiply_float<f16>(rows, tile, out, ld);
     default:
-      for_row_blocks<kInt8Rows>(rows.rows, [&](auto count, int row, bool ahead) {
-        int8_block<decltype(count)::value>(static_cast<const uint8_t*>(tile), rows, row, ahead, out, ld);
+      for_row_blocks<kInt8Rows>(rows.rows, [&](auto count, int row, Pass block) {
+        int8_block<decltype(count)::value>(static_cast<const uint8_t*>(tile), rows, row, block, out, ld);
       });
   }
 }

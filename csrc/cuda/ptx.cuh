@@ -17,6 +17,7 @@ using bf16 = __nv_bfloat16;
 using f16 = __half;
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kLargeBlock = 1024;  // threads of a block that has a multiprocessor to itself
 
 // ---- conversions, to nearest even ----
 

@@ -5,7 +5,7 @@
 
 namespace medusa::cuda {
 
-constexpr int kRowThreads = 1024, kRowWarps = kRowThreads / 32;
+constexpr int kRowThreads = kLargeBlock, kRowWarps = kRowThreads / 32;
 constexpr int kProbes = 7;  // thresholds tried per pass over the row: 2^32 keys take 11 passes
 
 struct RowShared {
@@ -89,7 +89,7 @@ struct Row {
     best = over_warp(best);
     if (threadIdx.x % 32 == 0) s.best[threadIdx.x / 32] = best;
     __syncthreads();
-    best = over_warp(s.best[threadIdx.x % 32]);
+    best = over_warp(lane() < kRowWarps ? s.best[lane()] : 0);
     __syncthreads();
     top = key_value(static_cast<uint32_t>(best >> 32));
     return static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
@@ -118,7 +118,7 @@ struct Row {
       }
       __syncthreads();
 #pragma unroll
-      for (int j = 0; j < kProbes; ++j) above[j] = above_high + warp_sum(s.partial[threadIdx.x % 32][j]);
+      for (int j = 0; j < kProbes; ++j) above[j] = above_high + warp_sum(lane() < kRowWarps ? s.partial[lane()][j] : 0.0f);
       __syncthreads();
       // From the highest probe down: each that still qualifies becomes the upper end, the first that fails the lower.
       uint32_t new_low = low, new_high = high;
@@ -164,7 +164,7 @@ struct Row {
 
   // The first id whose running sum of kept weights exceeds u times their total, else the last of positive weight.
   __device__ int draw(Kept kept, float u) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = this->lane();
     // A warp's segment is contiguous: ids rise from warp to warp.
     const int segment = static_cast<int>(ceil_div(ceil_div(vocab, kRowWarps), 32 * N)) * 32 * N;
     const int begin = min(warp * segment, vocab), end = min(begin + segment, vocab);
@@ -185,9 +185,10 @@ struct Row {
 
     // Every warp works out the same running sums over the segments, lane by lane.
     const float tie_weight = kept.key ? weight(key_value(kept.key)) : 0.0f;
-    const int own_ties = s.segment_ties[lane];
+    const int own_ties = lane < kRowWarps ? s.segment_ties[lane] : 0;
     const int ties_before = inclusive_scan(own_ties) - own_ties;
-    const float own = s.segment_mass[lane] + max(min(kept.ties - ties_before, own_ties), 0) * tie_weight;
+    const float own_mass = lane < kRowWarps ? s.segment_mass[lane] : 0.0f;
+    const float own = own_mass + max(min(kept.ties - ties_before, own_ties), 0) * tie_weight;
     const float running = inclusive_scan(own);
     const float target = u * __shfl_sync(kFullWarp, running, 31);
     const unsigned crossed = __ballot_sync(kFullWarp, running > target && own > 0);
@@ -204,6 +205,8 @@ struct Row {
   }
 
  private:
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
   template <class X>
   static __device__ __forceinline__ X inclusive_scan(X x) {
 #pragma unroll
@@ -216,7 +219,7 @@ struct Row {
 
   // One warp: walks a segment in order of ids until the running sum, which stands at `running`, exceeds target.
   __device__ int find(int begin, int end, Kept kept, float tie_weight, float running, int ties, float target) const {
-    const int lane = threadIdx.x % 32;
+    const int lane = this->lane();
     int last_positive = -1;
     for (int first = begin; first < end; first += 32 * N) {
       const int i = first + lane * N;

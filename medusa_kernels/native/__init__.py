@@ -1,4 +1,5 @@
-"""What crosses into C++: one `arguments` per op, from checked tensors to the addresses and sizes csrc/bindings.cpp takes.
+"""What crosses into C++: one `arguments` per op, from checked tensors to the addresses and sizes csrc/bindings.cpp
+takes.
 
 The order is that of the binding, which is the same for the CPU and for CUDA; CUDA takes a stream after it.
 """

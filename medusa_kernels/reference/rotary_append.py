@@ -1,4 +1,6 @@
-"""Rotary embedding of q and k, and the append of k and v to the cache, with optional per-head RMSNorm before the rotation."""
+"""Rotary embedding of q and k, and the append of k and v to the cache, with optional per-head RMSNorm before the
+rotation.
+"""
 
 import torch
 from torch import Tensor
@@ -36,7 +38,9 @@ def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (n, heads, head_dim), cos and sin (n, rotary_dim / 2): pairs are (i, i + rotary_dim / 2), as in Llama checkpoints."""
+    """x (n, heads, head_dim), cos and sin (n, rotary_dim / 2): pairs are (i, i + rotary_dim / 2), as in Llama
+    checkpoints.
+    """
     half = cos.shape[1]
     cos, sin = cos[:, None], sin[:, None]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]

@@ -1,4 +1,6 @@
-"""The one definition of a seeded draw: Philox4x32-10 (Salmon et al., 2011) and the inverse CDF over ascending token ids."""
+"""The one definition of a seeded draw: Philox4x32-10 (Salmon et al., 2011) and the inverse CDF over ascending token
+ids.
+"""
 
 import torch
 from torch import Tensor
@@ -40,7 +42,9 @@ def kept_weights(logits: Tensor, temperature: float, top_p: float, top_k: int) -
 
 
 def draw(weights: Tensor, seed: int, counter: int) -> int:
-    """The first token id whose running sum of weights exceeds u times their total, else the last one of positive weight."""
+    """The first token id whose running sum of weights exceeds u times their total, else the last one of positive
+    weight.
+    """
     running = weights.cumsum(dim=0)
     above = running > philox_uniform(seed, counter) * running[-1]
     above[weights.nonzero()[-1]] = True  # u just under 1 may round up to the total

@@ -108,8 +108,8 @@ def append_row(path: Path, row: dict) -> None:
 def table(row: dict) -> str:
     return "\n".join(
         [
-            f"{row['num_prompts']} prompts ({row['prompts']}), {row['max_new_tokens']} new tokens each, {row['device']}, "
-            f"{row['backend']} {row['dtype']}, tree of {row['tree_nodes']} nodes",
+            f"{row['num_prompts']} prompts ({row['prompts']}), {row['max_new_tokens']} new tokens each, "
+            f"{row['device']}, {row['backend']} {row['dtype']}, tree of {row['tree_nodes']} nodes",
             f"  plain   {row['plain_tokens_per_second']:8.1f} tokens/s",
             f"  medusa  {row['medusa_tokens_per_second']:8.1f} tokens/s   {row['tokens_per_step']:.3f} tokens/step   "
             f"{row['speedup']:.2f}x",

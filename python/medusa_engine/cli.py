@@ -32,9 +32,13 @@ def cli() -> None:
 def _model_options(command):
     """Options that choose and load a model: they become the keyword `load`, a call that returns the engine."""
     options = [
-        click.option("--model", default="default", show_default=True, help="'default', a folder, a .gguf file or a hub id."),
+        click.option(
+            "--model", default="default", show_default=True, help="'default', a folder, a .gguf file or a hub id."
+        ),
         click.option("--heads", help="Medusa heads: a folder, a file or a hub id."),
-        click.option("--tree", default="auto", show_default=True, help="'auto', a number of nodes, a name, or choices as JSON."),
+        click.option(
+            "--tree", default="auto", show_default=True, help="'auto', a number of nodes, a name, or choices as JSON."
+        ),
         click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, cuda or triton."),
         click.option("--device", help="cpu or cuda; default: where the backend runs."),
         click.option("--dtype", help="float32, bfloat16, float16 (CUDA) or int8 (CPU); default: bfloat16."),
@@ -101,7 +105,9 @@ def generate(load, prompt, no_medusa, no_chat, compare, as_json, **options) -> N
     if compare:
         plain, fast = results["plain"], results["medusa"]
         results["equal"] = plain["token_ids"] == fast["token_ids"]
-        results["speedup"] = fast["tokens_per_second"] / plain["tokens_per_second"] if plain["tokens_per_second"] else None
+        results["speedup"] = (
+            fast["tokens_per_second"] / plain["tokens_per_second"] if plain["tokens_per_second"] else None
+        )
     if as_json:
         click.echo(json.dumps(results if compare else next(iter(results.values()))))
     elif compare:
@@ -153,10 +159,14 @@ def _as_dict(output) -> dict:
 
 @_command(cli, "medusa bench --prompts chat --limit 20 --tree 16")
 @_model_options
-@click.option("--prompts", default="chat", show_default=True, help="'chat', 'humaneval', or a text file with one a line.")
+@click.option(
+    "--prompts", default="chat", show_default=True, help="'chat', 'humaneval', or a text file with one a line."
+)
 @click.option("--limit", type=int, help="Use the first LIMIT prompts only.")
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Append the results row to this JSONL file.")
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append the results row to this JSONL file."
+)
 @click.option("--json", "as_json", is_flag=True, help="The results row as JSON instead of a table.")
 def bench(load, prompts, limit, max_new_tokens, output, as_json) -> None:
     """Plain decoding and Medusa over a prompt set, prompt by prompt in turn."""
@@ -172,11 +182,17 @@ def bench(load, prompts, limit, max_new_tokens, output, as_json) -> None:
 @_command(cli, "medusa train runs/my-heads --positions 1000000")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--model", default="default", show_default=True, help="'default', a folder, a .gguf file or a hub id.")
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Conversations to train on, instead of writing them.")
-@click.option("--positions", type=int, default=1_000_000, show_default=True, help="Answer tokens to let the model write.")
+@click.option(
+    "--data", type=click.Path(exists=True, path_type=Path), help="Conversations to train on, instead of writing them."
+)
+@click.option(
+    "--positions", type=int, default=1_000_000, show_default=True, help="Answer tokens to let the model write."
+)
 @click.option("--num-heads", type=int, default=4, show_default=True)
 @click.option("--num-layers", type=int, default=1, show_default=True)
-@click.option("--draft-vocab", type=int, default=8192, show_default=True, help="Most frequent tokens the heads choose among.")
+@click.option(
+    "--draft-vocab", type=int, default=8192, show_default=True, help="Most frequent tokens the heads choose among."
+)
 @click.option("--epochs", type=int, default=3, show_default=True)
 @click.option("--batch", type=int, default=512, show_default=True, help="Positions of one training step.")
 @click.option("--learning-rate", type=float, default=1e-2, show_default=True)
@@ -254,7 +270,9 @@ def list_cached(as_json) -> None:
 
     found = [{"name": m.name, "path": str(m.path), "bytes": m.bytes} for m in list_models()]
     lines = [f"{m['name']}  {m['bytes'] / 1e6:.0f} MB  {m['path']}" for m in found]
-    click.echo(json.dumps(found) if as_json else "\n".join(lines) or "no models; `medusa models fetch` installs the default")
+    click.echo(
+        json.dumps(found) if as_json else "\n".join(lines) or "no models; `medusa models fetch` installs the default"
+    )
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ class Conversation:
     Attributes:
         ids: int32 (tokens,), prompt and answer.
         answer_start: index of the answer's first token.
-        hidden: bfloat16 (answer tokens, hidden_size) or None; row j is the base's final-norm row that chose answer token j.
+        hidden: bfloat16 (answer tokens, hidden_size) or None; row j is the base's final-norm row that chose answer
+        token j.
     """
 
     ids: Tensor
@@ -64,7 +65,9 @@ def read_shard(path: str | os.PathLike) -> Iterator[Conversation]:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             if not {"ids", "lengths", "answer_starts"} <= names:
-                raise ValueError(f"{path} is no shard of conversations: it holds {', '.join(sorted(names)) or 'nothing'}")
+                raise ValueError(
+                    f"{path} is no shard of conversations: it holds {', '.join(sorted(names)) or 'nothing'}"
+                )
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a shard of conversations: {error}") from None

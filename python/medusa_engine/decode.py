@@ -26,7 +26,7 @@ class Decoder:
     Attributes:
         tree_tokens: int32 (batch, n), the tokens the step judges.
         accepted_nodes, accept_length, next_token: what `verify_tree` said of them.
-        active: int32 (batch,), 0 once a sequence has finished: its cache then stands still.
+        active: int32 (batch,), 0 once a sequence is retired: its cache then stands still.
     """
 
     def __init__(self, model: Model, drafter: MedusaDrafter | None, tree: Tree, *, batch: int, max_seqlen: int):
@@ -50,7 +50,11 @@ class Decoder:
             self._draft_tokens = draft_tokens.view(batch, -1)
             # Where each node's token lies among one sequence's draft tokens.
             self._draft_slots = ((tree.depths[1:] - 1) * tree.top_k + tree.ranks[1:]).to(device)
-        self.accepted_nodes, self.accept_length, self.next_token = ints(batch, tree.max_depth + 1), ints(batch), ints(batch)
+        self.accepted_nodes, self.accept_length, self.next_token = (
+            ints(batch, tree.max_depth + 1),
+            ints(batch),
+            ints(batch),
+        )
         self.active = ints(batch)
         self._parents = tree.parents.to(device)
         self._sequence = torch.arange(batch, device=device)
@@ -72,6 +76,13 @@ class Decoder:
             self._prefill(b, prompt)
         self.active.fill_(1)
         return self.next_token.tolist()
+
+    def retire(self, b: int) -> None:
+        """Sequence b has ended. It runs along until the others have too, on an empty cache: cheap, and never out of
+        rows.
+        """
+        self.active[b] = 0
+        self.cache.seqlens[b] = 0
 
     def step(self) -> list[list[int]]:
         """One verification of the whole batch: the tokens that each sequence gains, in order."""
@@ -104,7 +115,9 @@ class Decoder:
         """The accepted path's K/V rows and hidden row become the sequence's last."""
         self._compact()
         last = self.accepted_nodes.gather(1, self.accept_length.long()[:, None])[:, 0]
-        self._root_hidden.copy_(self._forward.hidden.view(self.batch, self.tree.num_nodes, -1)[self._sequence, last.long()])
+        self._root_hidden.copy_(
+            self._forward.hidden.view(self.batch, self.tree.num_nodes, -1)[self._sequence, last.long()]
+        )
         self.cache.seqlens.add_((self.accept_length + 1) * self.active)
 
     def _emitted(self) -> list[list[int]]:
@@ -141,7 +154,13 @@ class Decoder:
         nodes = torch.empty(1, 1, dtype=torch.int32, device=model.device)
         root = Tree.from_choices([]).parents.to(model.device)
         self._bind_accept(
-            logits[None], tokens[:, -1:].contiguous(), root, acceptance, nodes, self.accept_length[b : b + 1], self.next_token[b : b + 1]
+            logits[None],
+            tokens[:, -1:].contiguous(),
+            root,
+            acceptance,
+            nodes,
+            self.accept_length[b : b + 1],
+            self.next_token[b : b + 1],
         )()
 
     def _bind_accept(self, *arguments) -> Callable[[], None]:

@@ -1,4 +1,6 @@
-"""Self-distillation text: the base model writes user turns, then answers them greedily. No outside text, no outside licence."""
+"""Self-distillation text: the base model writes user turns, then answers them greedily. No outside text, no outside
+licence.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,69 @@ SHARD_POSITIONS = 10_000
 MAX_USER_TOKENS, MAX_ANSWER_TOKENS = 96, 256
 USER_TEMPERATURE, USER_TOP_P = 0.9, 0.95
 
-# Beginnings of user turns, so that short questions and code are met as often as long instructions. One conversation in six
-# begins freely.
+# Beginnings of user turns, so that short questions and code are met as often as long instructions. One conversation
+# in six begins freely.
 OPENINGS = (
     *[""] * 10,
-    *("Write", "Explain", "What is", "What are", "How do I", "How does", "How can", "Why", "Can you", "Describe", "Summarize"),
-    *("Give me", "Tell me", "List", "Compare", "Translate", "I need", "I am", "I want to", "Help me", "Write a short story about"),
-    *("Write a poem", "Write a Python function", "Write a function that", "def ", "Create", "Suggest", "What's the difference between"),
-    *("Who was", "When did", "Where", "Is it", "Should I", "Rewrite", "Complete", "Please", "Design", "Imagine", "Solve"),
-    *("Calculate", "In one paragraph,", "Write an email", "Give three", "Plan", "Could you", "Convert", "Fix", "My", "The"),
+    *(
+        "Write",
+        "Explain",
+        "What is",
+        "What are",
+        "How do I",
+        "How does",
+        "How can",
+        "Why",
+        "Can you",
+        "Describe",
+        "Summarize",
+    ),
+    *(
+        "Give me",
+        "Tell me",
+        "List",
+        "Compare",
+        "Translate",
+        "I need",
+        "I am",
+        "I want to",
+        "Help me",
+        "Write a short story about",
+    ),
+    *(
+        "Write a poem",
+        "Write a Python function",
+        "Write a function that",
+        "def ",
+        "Create",
+        "Suggest",
+        "What's the difference between",
+    ),
+    *(
+        "Who was",
+        "When did",
+        "Where",
+        "Is it",
+        "Should I",
+        "Rewrite",
+        "Complete",
+        "Please",
+        "Design",
+        "Imagine",
+        "Solve",
+    ),
+    *(
+        "Calculate",
+        "In one paragraph,",
+        "Write an email",
+        "Give three",
+        "Plan",
+        "Could you",
+        "Convert",
+        "Fix",
+        "My",
+        "The",
+    ),
     *("Explain to a child", "What does", "Which"),
 )
 
@@ -50,12 +106,15 @@ class _Slot:
 class Writer:
     """Writes conversations, many at a time, one token per slot and step.
 
-    A conversation depends on its seed alone, not on its slot. Raises ValueError for a checkpoint without a chat template.
+    A conversation depends on its seed alone, not on its slot. Raises ValueError for a checkpoint without a chat
+    template.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, slots: int):
         if not tokenizer.has_chat_template:
-            raise ValueError("self-distillation needs a checkpoint with a chat template; pass conversations with --data")
+            raise ValueError(
+                "self-distillation needs a checkpoint with a chat template; pass conversations with --data"
+            )
         mark = "\u241e"
         rendered = tokenizer.render_chat([{"role": "user", "content": mark}])
         before, after = rendered.split(mark)
@@ -130,7 +189,9 @@ class Writer:
         return list(zip(self._slots, self._next.tolist(), hidden, strict=True))
 
     def _append(self, slot: _Slot, token: int, hidden: Tensor) -> Conversation | bool:
-        """Takes the model's next token. Returns the conversation once its answer ended, True for one to drop, else False."""
+        """Takes the model's next token. Returns the conversation once its answer ended, True for one to drop, else
+        False.
+        """
         if slot.answer_start is None:
             length = len(slot.ids) - slot.user_start
             if token == self._suffix[0] and length >= 3:

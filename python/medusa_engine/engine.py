@@ -13,7 +13,8 @@ from medusa_kernels import Tree
 from .checkpoint import Checkpoint, open_checkpoint
 from .decode import Decoder
 from .draft import MedusaDrafter
-from .heads import MedusaHeads, base_model_of, heads_from_tensors, is_heads_only, load_heads
+from .heads import MedusaHeads, heads_from_tensors
+from .heads_files import base_model_of, is_heads_only, load_heads
 from .model import DTYPES, Model
 from .output import Chunk, Output, Stats, Transcript
 from .sampling import SamplingOptions
@@ -64,14 +65,14 @@ class Medusa:
         """Loads a model and its Medusa heads.
 
         Args:
-            model: "default" (SmolLM2-135M-Instruct and the heads shipped for it, fetched when missing), a folder, a .gguf
-                file or a hub id. A folder that holds only heads stands for them and the base model they name.
-            heads: a folder, file or hub id. None with another model: the Medusa-2 heads inside it, else plain decoding only.
-            draft: "medusa".
+            model: "default" (SmolLM2-135M-Instruct and the heads shipped for it, fetched when missing), a folder, a
+                .gguf file or a hub id. A folder that holds only heads stands for them and the base model they name.
+            heads: a folder, file or hub id. None with another model: the Medusa-2 heads inside it, else plain
+            decoding only. draft: "medusa".
             backend: "auto", "reference", "cpu", "cuda" or "triton".
             device: None is CUDA where `backend` can run there and a GPU is present, else the CPU.
-            dtype: "float32", "bfloat16", "float16" (CUDA) or "int8" (CPU); None is "bfloat16". On the CPU bfloat16 means
-                bf16 weights and K/V with fp32 activations and sums.
+            dtype: "float32", "bfloat16", "float16" (CUDA) or "int8" (CPU); None is "bfloat16". On the CPU bfloat16
+                means bf16 weights and K/V with fp32 activations and sums.
             tree: "auto", a name (`Tree.names()`), choices, a Tree, or the most nodes it may have, the root counted.
             max_seqlen: prompt + new tokens at most; None is min(context, 4096).
 
@@ -89,7 +90,9 @@ class Medusa:
                 raise ValueError(f"model {os.fspath(model)!r} holds only Medusa heads, so heads must be None")
             heads, base = model, base_model_of(model)
             if base is None:
-                raise ValueError(f"model {os.fspath(model)!r} holds only Medusa heads and names no base_model_name_or_path")
+                raise ValueError(
+                    f"model {os.fspath(model)!r} holds only Medusa heads and names no base_model_name_or_path"
+                )
             model = base
         checkpoint = open_checkpoint(model)
         config = checkpoint.config
@@ -132,8 +135,8 @@ class Medusa:
         """Answers one prompt, or many at once.
 
         Args:
-            prompts: a str or a flat list of token ids is one prompt; a list of strs or of lists is many, even of length 1.
-                A str goes through the checkpoint's chat template if it has one; ids are taken as they are.
+            prompts: a str or a flat list of token ids is one prompt; a list of strs or of lists is many, even of
+                length 1. A str goes through the checkpoint's chat template if it has one; ids are taken as they are.
             max_new_tokens: at least 1; with the longest prompt at most `max_seqlen`.
             mode, temperature, top_p, top_k, posterior_threshold, posterior_alpha: see `medusa_kernels.verify_tree`; one
                 value, or one per prompt.
@@ -170,8 +173,13 @@ class Medusa:
             self._retire(decoder, transcripts)
         for one, transcript in zip(stats, transcripts, strict=True):
             one.new_tokens, one.prefill_seconds = len(transcript.token_ids), prefill_seconds
+        self._decoders[medusa] = decoder
         total = Stats.of_many(stats, prefill_seconds, max(s.decode_seconds for s in stats))
-        fields = [[t.text for t in transcripts], [t.token_ids for t in transcripts], [t.finish_reason for t in transcripts]]
+        fields = [
+            [t.text for t in transcripts],
+            [t.token_ids for t in transcripts],
+            [t.finish_reason for t in transcripts],
+        ]
         return Output(*(f if many else f[0] for f in fields), total if many else stats[0])
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 128, **options) -> Iterator[Chunk]:
@@ -184,9 +192,9 @@ class Medusa:
         if many:
             raise ValueError("stream takes one prompt: a str or a flat list of token ids")
         decoder, acceptance, transcripts = self._prepare(ids, max_new_tokens, SamplingOptions(**options), **extra)
-        return self._chunks(decoder, acceptance, ids, transcripts)
+        return self._chunks(decoder, acceptance, ids, transcripts, extra["medusa"])
 
-    def _chunks(self, decoder, acceptance, ids, transcripts) -> Iterator[Chunk]:
+    def _chunks(self, decoder, acceptance, ids, transcripts, medusa) -> Iterator[Chunk]:
         (transcript,) = transcripts
         tokens = decoder.start(ids, acceptance)
         while True:
@@ -194,6 +202,7 @@ class Medusa:
             text = transcript.push(tokens)
             yield Chunk(text, transcript.token_ids[before:], len(tokens) - 1)
             if transcript.finish_reason is not None:
+                self._decoders[medusa] = decoder
                 return
             (tokens,) = decoder.step()
 
@@ -203,7 +212,7 @@ class Medusa:
         longest = max(map(len, ids))
         if longest + max_new_tokens > self.max_seqlen:
             raise ValueError(
-                f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} is more than max_seqlen {self.max_seqlen}"
+                f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceeds max_seqlen {self.max_seqlen}"
             )
         if medusa and self._drafter is None:
             raise ValueError("this model has no Medusa heads: pass heads=... to from_pretrained, or medusa=False here")
@@ -215,29 +224,33 @@ class Medusa:
         transcripts = [
             Transcript(self.tokenizer, eos_token_ids=eos, stop=stop, max_new_tokens=max_new_tokens) for _ in ids
         ]
-        return self._decoder(len(ids), longest + max_new_tokens, medusa), acceptance, transcripts
+        return self._take_decoder(len(ids), longest + max_new_tokens, medusa), acceptance, transcripts
 
-    def _decoder(self, batch: int, seqlen: int, medusa: bool) -> Decoder:
-        """A decoder for this batch; the last one of its kind is kept, since binding it takes a moment."""
+    def _take_decoder(self, batch: int, seqlen: int, medusa: bool) -> Decoder:
+        """A decoder for this batch: the last one of its kind if it fits, since binding one takes a moment.
+
+        The caller puts it back into `_decoders` at the end, so that streams that take turns have one each.
+        """
         tree = self.tree(batch, medusa)
-        kept = self._decoders.get(medusa)
-        if kept is None or kept.batch != batch or kept.max_seqlen < seqlen or kept.tree != tree:
-            self._decoders.pop(medusa, None)  # its cache goes before the next one comes
-            rows = min(self.max_seqlen, -(-seqlen // 256) * 256)
-            kept = Decoder(self.model, self._drafter, tree, batch=batch, max_seqlen=rows)
-            self._decoders[medusa] = kept
-        return kept
+        kept = self._decoders.pop(medusa, None)
+        if kept is not None and kept.batch == batch and kept.max_seqlen >= seqlen and kept.tree == tree:
+            return kept
+        del kept  # its cache goes before the next one comes
+        rows = min(self.max_seqlen, -(-seqlen // 256) * 256)
+        return Decoder(self.model, self._drafter, tree, batch=batch, max_seqlen=rows)
 
     @staticmethod
     def _retire(decoder: Decoder, transcripts: list[Transcript]) -> None:
         for b, transcript in enumerate(transcripts):
             if transcript.finish_reason is not None:
-                decoder.active[b] = 0
+                decoder.retire(b)
 
     def _encode(self, prompts, chat: bool) -> tuple[bool, list[list[int]]]:
         """Whether there are many prompts, and the token ids of each."""
         if not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts must be a str, a list of token ids, or a list of those, not {type(prompts).__name__}")
+            raise TypeError(
+                f"prompts must be a str, a list of token ids, or a list of those, not {type(prompts).__name__}"
+            )
         many = not isinstance(prompts, str) and not all(_is_id(p) for p in prompts)
         listed = list(prompts) if many else [prompts]
         return many, [self._encode_one(p, f"prompts[{i}]" if many else "prompt", chat) for i, p in enumerate(listed)]
@@ -288,7 +301,10 @@ def _dtype(dtype: str | None, device: torch.device) -> str:
 
 def _max_seqlen(max_seqlen: int | None, checkpoint: Checkpoint) -> int:
     config = checkpoint.config
-    limits = {"the context it was trained for": config.max_position_embeddings, "its sliding window": config.sliding_window}
+    limits = {
+        "the context it was trained for": config.max_position_embeddings,
+        "its sliding window": config.sliding_window,
+    }
     if config.rope.kind == "dynamic":  # made to go further
         del limits["the context it was trained for"]
     limits = {what: limit for what, limit in limits.items() if limit is not None}

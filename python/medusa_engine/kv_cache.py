@@ -10,8 +10,8 @@ class KVCache:
     """Keys and values of `batch` sequences, `rows` rows each.
 
     Attributes:
-        data: (layers, 2, batch, rows, kv_heads, head_dim); rows are written before they are read, so it starts unwritten.
-        seqlens: int32 (batch,), committed rows. Its storage never changes: launches are bound to it.
+        data: (layers, 2, batch, rows, kv_heads, head_dim); rows are written before they are read, so it starts
+        unwritten. seqlens: int32 (batch,), committed rows. Its storage never changes: launches are bound to it.
     """
 
     def __init__(self, data: Tensor, seqlens: Tensor):

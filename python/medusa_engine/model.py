@@ -54,6 +54,8 @@ class Model:
         self.config = checkpoint.config
         self.device, self.dtype, self.dtype_name = device, DTYPES[dtype], dtype
         self.backend = backend if backend != "auto" else auto_backend(device)
+        if dtype == "int8" and self.backend != "cpu":
+            raise ValueError(f"dtype 'int8' runs on backend 'cpu' alone, not on {self.backend!r}")
         self.activation_dtype = torch.float32 if device.type == "cpu" else self.dtype
         self.launch = resolve_all(backend, device)
         self._packed_dtype = dtype if self.backend == "cpu" else None
@@ -100,12 +102,14 @@ class Model:
         self.norm = norm("model.norm")
         self.embedding = plain("model.embed_tokens.weight")
         # Kept as it is in the checkpoint: Medusa heads may share rows of it.
-        self.lm_head_source = checkpoint.tensor("model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight")
+        self.lm_head_source = checkpoint.tensor(
+            "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+        )
         self.lm_head = self.pack(self.lm_head_source)
 
     def pack(self, weight: Tensor) -> Weight:
         """A weight as this model's kernels read it: packed for the CPU's, else rounded to the model's dtype."""
-        if self._packed_dtype is None:
+        if self._packed_dtype is None or not weight.numel():
             return weight.to(self.device, self.dtype).contiguous()
         return pack_linear(weight, self._packed_dtype)
 
@@ -145,7 +149,14 @@ class Forward:
     """
 
     def __init__(
-        self, model: Model, cache: KVCache, n: int, depths: Tensor, tree_mask: Tensor, *, prompt_length: int | None = None
+        self,
+        model: Model,
+        cache: KVCache,
+        n: int,
+        depths: Tensor,
+        tree_mask: Tensor,
+        *,
+        prompt_length: int | None = None,
     ):
         c, batch = model.config, cache.batch
         rows = batch * n

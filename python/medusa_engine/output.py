@@ -61,7 +61,8 @@ class Chunk:
 
 
 class Transcript:
-    """One sequence's tokens and text as they arrive, ended at EOS, a stop string or the token limit, whichever is first.
+    """One sequence's tokens and text as they arrive, ended at EOS, a stop string or the token limit, whichever is
+    first.
 
     Attributes:
         token_ids: with the EOS or the token that completed the stop string.

@@ -13,8 +13,8 @@ Path = tuple[int, ...]
 def best_paths(ranks: Iterable[Tensor], most: int, *, absent: int, rounds: int = 3) -> list[Path]:
     """The `most` paths worth most, best first: the first n - 1 of them are the best static tree of n nodes.
 
-    A path's worth is how often all its ranks were right at once, counted where decoding stops: long acceptances skip the
-    easy positions, so the stops depend on the tree, which is found by a few rounds of both.
+    A path's worth is how often all its ranks were right at once, counted where decoding stops: long acceptances skip
+    the easy positions, so the stops depend on the tree, which is found by a few rounds of both.
 
     Args:
         ranks: per conversation int (heads, positions), the rank of the right token among each head's guesses.

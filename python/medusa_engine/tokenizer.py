@@ -72,14 +72,15 @@ class Tokenizer:
         elif (folder / "tokenizer.model").is_file():
             vocabulary = vocabulary_from_sentencepiece(folder / "tokenizer.model")
             backend, special = vocabulary.backend, {**vocabulary.special_tokens, **special}
-            # tokenizer.json says itself what it adds; a SentencePiece model cannot.
-            bos, eos = config.get("add_bos_token", True), config.get("add_eos_token", False)
-            add_bos_eos(backend, special, bos=bos, eos=eos)
         else:
             raise CheckpointError(
                 f"{folder}: no tokenizer.json or tokenizer.model; copy the base model's into the folder"
             )
         _add_configured_tokens(backend, config, _read_json(folder / "added_tokens.json"), special)
+        if not (folder / "tokenizer.json").is_file():
+            # tokenizer.json says itself what is added to a text; a SentencePiece model cannot.
+            bos, eos = config.get("add_bos_token", True), config.get("add_eos_token", False)
+            add_bos_eos(backend, special, bos=bos, eos=eos)
         return cls(backend, special, _chat_template(folder, config))
 
     @classmethod

@@ -1,4 +1,6 @@
-"""Trains Medusa-1 heads: the base model frozen, the heads on its hidden rows, its LM head shared (Medusa, section 2.2.1)."""
+"""Trains Medusa-1 heads: the base model frozen, the heads on its hidden rows, its LM head shared (Medusa, section
+2.2.1).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class TrainOptions:
 
 
 class Heads(torch.nn.Module):
-    """Residual SiLU blocks of every head: zero weights, so that training starts from the base's own next-token guess."""
+    """Residual SiLU blocks of every head: zero weights, so that training starts from the base's own next-token
+    guess.
+    """
 
     def __init__(self, heads: int, layers: int, hidden_size: int):
         super().__init__()
@@ -166,7 +170,9 @@ class Trainer:
 
     @torch.no_grad()
     def ranks(self, conversation: Conversation) -> Tensor:
-        """(heads, positions): the rank of the right token among each head's guesses; RANKS where it is lower or absent."""
+        """(heads, positions): the rank of the right token among each head's guesses; RANKS where it is lower or
+        absent.
+        """
         batch = self._batch([conversation])
         rows = []
         for head, labels in enumerate(batch.labels):
@@ -267,7 +273,9 @@ class Trainer:
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["options"] != asdict(self.options):
             changed = [k for k, v in asdict(self.options).items() if state["options"].get(k) != v]
-            raise ValueError(f"{path} is of a run with another {', '.join(changed)}: use another folder, or the same options")
+            raise ValueError(
+                f"{path} is of a run with another {', '.join(changed)}: use another folder, or the same options"
+            )
         self.module.load_state_dict(state["module"])
         self._optimizer.restore(state["optimizer"])
         self.step = state["step"]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .checkpoint import open_checkpoint
 from .dataset import Conversation, read_shard, shard_paths
 from .distill import Writer, add_hidden, write_conversations
-from .heads import save_heads
+from .heads_files import save_heads
 from .model import Model
 from .train import Trainer, TrainOptions
 
@@ -34,7 +34,8 @@ def run(
     device: str | None = None,
     seed: int = 0,
 ) -> dict:
-    """Writes conversations into folder/text (or reads `data`), trains heads in folder/run, and saves them to folder/heads.
+    """Writes conversations into folder/text (or reads `data`), trains heads in folder/run, and saves them to
+    folder/heads.
 
     Each part goes on where an earlier call with the same arguments stopped.
 

@@ -11,8 +11,8 @@ from medusa_kernels.tree import MAX_NODES
 
 from .draft import MedusaDrafter
 
-# Nodes that cost little beside the weights' own traffic, per sequence: a CPU core's arithmetic hides under about 8 rows,
-# a GPU's under about 64.
+# Nodes that cost little beside the weights' own traffic, per sequence: a CPU core's arithmetic hides under about 8
+# rows, a GPU's under about 64.
 AUTO_NODES = {"cpu": 8, "cuda": 64}
 
 
@@ -21,7 +21,8 @@ def choose_tree(
 ) -> Tree:
     """The tree meant by `tree`, cut to what the heads can fill.
 
-    An int is the best known tree of at most that many nodes: the paths that the heads' checkpoint lists as best, a search
+    An int is the best known tree of at most that many nodes: the paths that the heads' checkpoint lists as best, a
+    search
     over the accuracies it lists, or else Vicuna-7B's tree. "auto" shares a fixed number of rows among the sequences.
 
     Raises:
@@ -46,4 +47,5 @@ def _best(num_nodes: int, drafter: MedusaDrafter) -> Tree:
     if drafter.paths is None and drafter.accuracy is not None:
         return Tree.search(drafter.accuracy, num_nodes)
     paths = drafter.paths or named_trees.lookup("medusa-7b-64").growth
-    return Tree.from_choices(paths[: num_nodes - 1])
+    usable = [path for path in paths if len(path) <= drafter.num_heads and max(path) < drafter.vocab_size]
+    return Tree.from_choices(usable[: num_nodes - 1])

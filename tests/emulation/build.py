@@ -20,7 +20,16 @@ ROOT = HERE.parents[1]
 FOLDER = ROOT / "build" / "emulation"
 # Sums as the GPU makes them need no reassociation; -O1 compiles in half the time of -O2 and runs as fast for fibers.
 FLAGS = (
-    *("-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-fvisibility=hidden", "-march=native", "-w"),
+    *(
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-U_FORTIFY_SOURCE",
+        "-fvisibility=hidden",
+        "-march=native",
+        "-w",
+    ),
     *("-DMEDUSA_EMULATE", "-DMEDUSA_WITH_CUDA", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
     *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),
 )
@@ -34,7 +43,12 @@ def module() -> ModuleType:
         ROOT / "csrc" / "bindings.cpp",
         HERE / "cuda_emu.cpp",
     ]
-    headers = [*(ROOT / "csrc" / "cuda").glob("*.cuh"), ROOT / "csrc" / "cuda" / "ops.h", ROOT / "csrc" / "params.h", HERE / "cuda_emu.h"]
+    headers = [
+        *(ROOT / "csrc" / "cuda").glob("*.cuh"),
+        ROOT / "csrc" / "cuda" / "ops.h",
+        ROOT / "csrc" / "params.h",
+        HERE / "cuda_emu.h",
+    ]
     shared = hashlib.sha256(b"".join([*(p.read_bytes() for p in sorted(headers)), repr(FLAGS).encode()]))
     FOLDER.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

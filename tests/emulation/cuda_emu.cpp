@@ -5,8 +5,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <deque>
-
 namespace emu {
 namespace {
 
@@ -30,7 +28,7 @@ struct Thread {
   WarpWork work;
   void* data;
   std::vector<Copy> copies;
-  std::deque<std::vector<Copy>> groups;
+  std::vector<std::vector<Copy>> groups;
 };
 
 std::vector<Thread> threads;
@@ -68,7 +66,7 @@ void resume(int i) {
   ucontext_t context;
   getcontext(&context);
   context.uc_stack.ss_sp = stacks[i];
-  context.uc_stack.ss_size = kStack;
+  context.uc_stack.ss_size = kStack - i % 61 * 64;  // tops of stacks at equal offsets would share a few cache sets
   context.uc_link = nullptr;
   makecontext(&context, fiber_main, 0);
   setcontext(&context);
@@ -144,9 +142,12 @@ void commit_copies() {
 
 void wait_for_copies(size_t pending_groups) {
   Thread& t = threads[running];
-  for (; t.groups.size() > pending_groups; t.groups.pop_front()) {
-    for (const Copy& c : t.groups.front()) do_copy(c);
+  if (t.groups.size() <= pending_groups) return;
+  const auto end = t.groups.end() - pending_groups;
+  for (auto group = t.groups.begin(); group != end; ++group) {
+    for (const Copy& c : *group) do_copy(c);
   }
+  t.groups.erase(t.groups.begin(), end);
 }
 
 unsigned char* shared_memory() { return shared_base; }

@@ -175,6 +175,7 @@ inline float __uint_as_float(unsigned u) {
 namespace medusa::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kLargeBlock = 64;  // several warps, and cheap
 
 struct bf16 {
   uint16_t bits;

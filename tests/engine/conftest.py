@@ -1,15 +1,21 @@
-"""Tiny random models of every family, GGUF files of them, and the default model."""
+"""Tiny random models of every family, GGUF files of them, small vocabularies, and the default model."""
 
 import ast
+import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
 from medusa_engine.default_model import default_model_path
+from tests.engine.vocabularies import LLAMA3, SPACE
 
 SIZES = {
     "vocab_size": 96,
@@ -179,3 +185,89 @@ def strings() -> list[str]:
         texts.append("".join(chr(p) for p in points if not 0xD800 <= p < 0xE000))
     assert len(texts) == 1000
     return texts
+
+
+@pytest.fixture(scope="session")
+def trained(strings) -> tuple[list[str], list[str]]:
+    """A small byte-level vocabulary and its merges, learned without splitting numbers or before words."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    numbers = [f" {n} {n}{n} 20{n}" for n in range(10, 60)] * 5
+    backend.train_from_iterator(
+        [*strings, *numbers], trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    )
+    model = json.loads(backend.to_str())["model"]
+    return sorted(model["vocab"], key=model["vocab"].get), [" ".join(pair) for pair in model["merges"]]
+
+
+@pytest.fixture(scope="session")
+def byte_fields(trained) -> Callable[..., dict]:
+    """byte_fields(pre, **fields) -> the metadata of a GGUF with that pre-tokenizer.
+
+    It has three special tokens, a user-defined one, and a word that no merges lead to.
+    """
+    tokens, merges = trained
+    extra = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "zqzq"]
+
+    def make(pre: str, **fields) -> dict:
+        return {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.tokens": [*tokens, *extra],
+            "tokenizer.ggml.token_type": [1] * len(tokens) + [3, 3, 3, 4, 1],
+            "tokenizer.ggml.merges": merges,
+            "tokenizer.ggml.bos_token_id": len(tokens),
+            "tokenizer.ggml.eos_token_id": len(tokens) + 2,
+            **{f"tokenizer.{key}": value for key, value in fields.items()},
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pieces(strings) -> tuple[list[str], list[float], list[int]]:
+    """Tokens, scores and types of a Llama-like SentencePiece BPE vocabulary with byte fallback."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always")
+    trainer = trainers.BpeTrainer(vocab_size=900, limit_alphabet=120, show_progress=False)
+    backend.train_from_iterator(strings, trainer)
+    model = json.loads(backend.to_str())["model"]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    # As in real vocabularies, no piece is a part of a spelled-out byte token: transformers would merge on into it.
+    merged = [t for t in dict.fromkeys(map("".join, model["merges"])) if t not in special and "<0" not in t]
+    alphabet = [token for token in model["vocab"] if len(token) == 1]
+    tokens = [*special, *merged, *alphabet]
+    scores = [0.0] * len(special) + [-float(i) for i in range(len(merged))] + [-1e4 - i for i in range(len(alphabet))]
+    return tokens, scores, [2, 3, 3, *[6] * 256, *[1] * (len(merged) + len(alphabet))]
+
+
+@pytest.fixture
+def llama3_folder(byte_fields, tmp_path) -> Path:
+    """A folder as transformers writes it, with BOS by the post-processor and tokens the configuration alone knows."""
+    from transformers import PreTrainedTokenizerFast
+
+    fields = byte_fields("llama-bpe")
+    vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"]]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    bos = "<|endoftext|>"
+    backend.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocab[bos])]),
+        ]
+    )
+    backend.enable_truncation(8)
+    backend.enable_padding(length=12)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="<|im_end|>", pad_token="[PAD]")
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", AddedToken("<tool>", lstrip=True)]})
+    theirs.add_tokens(["<plain>"])
+    theirs.save_pretrained(tmp_path)
+    return tmp_path

@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from medusa_engine.heads import MedusaHeads, save_heads
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
+
+from medusa_engine.heads import MedusaHeads
+from medusa_engine.heads_files import save_heads
 
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="medusa-engine-tests-")
 atexit.register(_TEMPORARY.cleanup)
@@ -168,8 +170,8 @@ def counting_folder(peak: float = 20.0) -> Path:
 
 @cache
 def counting_heads_folder(num_heads: int = 4, patchy: bool = False) -> Path:
-    """Heads that are always right, or, `patchy`, right more or less often depending on the last token."""
-    knows = (lambda head, last: (last * 7 + head * 3) % 5 > head) if patchy else (lambda head, last: True)
+    """Heads that are always right, or, `patchy`, the first 0 to 4 of them, depending on the last token."""
+    knows = (lambda head, last: head < last * 7 % 5) if patchy else (lambda head, last: True)
     folder = FOLDER / f"counting-heads-{num_heads}-{patchy}"
     save_heads(folder, counting_heads(num_heads, knows), dtype=torch.float32)
     return folder

@@ -9,12 +9,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from medusa_engine.checkpoint import CheckpointError, HeadsOnlyError, open_checkpoint
-from medusa_engine.gguf_reader import GgufFile
-from medusa_engine.rope import rope_tables
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from medusa_engine.checkpoint import CheckpointError, HeadsOnlyError, open_checkpoint
+from medusa_engine.gguf_reader import GgufFile
+from medusa_engine.rope import rope_tables
 
 FAMILIES = {
     "llama": {},

@@ -3,8 +3,9 @@
 import dataclasses
 
 import pytest
-from medusa_engine.config import ModelConfig
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from medusa_engine.config import ModelConfig
 
 FAMILIES = {
     "llama": {},

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from medusa_engine import default_model as room
 from medusa_engine.checkpoint import open_checkpoint
 from medusa_engine.errors import ModelFetchError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def sha256(path: Path) -> str:

@@ -11,19 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from medusa_engine import heads as heads_module
-from medusa_engine.heads import (
-    HeadsError,
-    MedusaHeads,
-    base_model_of,
-    contains_heads,
-    heads_from_tensors,
-    is_heads_only,
-    load_heads,
-    save_heads,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from medusa_engine import heads_files
+from medusa_engine.heads import HeadsError, MedusaHeads, contains_heads, heads_from_tensors
+from medusa_engine.heads_files import base_model_of, is_heads_only, load_heads, save_heads
 
 HIDDEN, VOCAB = 6, 11
 Tensors = dict[str, Tensor]
@@ -342,7 +335,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(heads_module, "save_file", fail)
+    monkeypatch.setattr(heads_files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_heads(tmp_path, random_heads(1, 1))
     assert_same(load_heads(tmp_path), heads)

@@ -4,12 +4,12 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
+
 from medusa_engine import Medusa
 from medusa_engine.decode import PREFILL_CHUNK, Decoder
 from medusa_engine.errors import CheckpointError
 from medusa_engine.model import Forward
-from torch import Tensor
-
 from medusa_kernels import Tree
 from tests.engine.models import FOLDER, PROMPTS, continuation, random_folder, random_model, save_model, whole_logits
 
@@ -188,7 +188,7 @@ def test_dynamic_rope_forgets_the_last_prompt():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_narrow_weights_stay_near(dtype):
-    """Rounding a weight to 2^-9 of itself, or to 1/254 of its row's largest, moves the logits by a few times as much."""
+    """Rounding a weight to 2^-9 of itself, or to 1/254 of its row's largest, moves the logits a few times as much."""
     model, folder = model_with("llama")
     prompt = some_prompt(40)
     theirs = whole_logits(model, prompt)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from medusa_engine.rope import RopeConfig, rope_tables
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from medusa_engine.rope import RopeConfig, rope_tables
 
 HEAD_DIM, POSITIONS = 64, 300
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from medusa_engine.dataset import Conversation, read_shard, shard_paths, write_shard
-from medusa_engine.heads import load_heads
+from medusa_engine.heads_files import load_heads, save_heads
 from medusa_engine.train import RANKS, Trainer, TrainOptions, most_frequent_tokens
 
 VOCAB, HIDDEN = 40, 24
@@ -154,8 +154,6 @@ def test_damaged_shards_are_named(tmp_path, content):
 
 
 def test_saved_heads_load_again(tmp_path, lm_head, conversations):
-    from medusa_engine.heads import save_heads
-
     found = trained(tmp_path / "run", lm_head, conversations).result()
     save_heads(tmp_path / "heads", found)
     loaded = load_heads(tmp_path / "heads", hidden_size=HIDDEN, vocab_size=VOCAB)

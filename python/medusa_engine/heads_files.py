@@ -1,0 +1,216 @@
+"""Medusa heads on disk and on the hub: which files hold them, how they are read safely, and how ours are written."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .heads import (
+    DIALECTS,
+    SHAPE_KEYS,
+    SHARED_LM_HEAD,
+    TOKEN_MAP,
+    HeadsError,
+    Layout,
+    MedusaHeads,
+    base_name,
+    contains_heads,
+    heads_from_tensors,
+    own_names,
+    some,
+)
+
+HEADS_FILE = "medusa_lm_head.safetensors"
+_HEADS_FILES = (HEADS_FILE, "medusa_lm_head.pt")
+# In order of preference; an index comes before the globs, which would match files that the index leaves out.
+_MODEL_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_MODEL_GLOBS = ("*.safetensors", "*.pt", "*.bin")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_PATTERNS = ["*.json", "*.safetensors", "medusa_lm_head.pt", "pytorch_model*.bin"]
+
+
+def load_heads(
+    path: str | os.PathLike, *, hidden_size: int | None = None, vocab_size: int | None = None
+) -> MedusaHeads:
+    """Load heads from a folder, a .safetensors, .pt or .bin file, or a Hugging Face hub id.
+
+    Of a folder it reads `medusa_lm_head.safetensors` or `.pt`, else the model's own files, where a Medusa-2
+    checkpoint's base tensors stay unread. config.json beside the weights is optional. `.pt` and `.bin` are read by
+    `torch.load(weights_only=True)`. For `hidden_size`, `vocab_size` and what raises HeadsError see
+    `heads_from_tensors`; here also a path or hub id that leads nowhere, and an empty, damaged or unsafe file.
+    """
+    place = Path(path)
+    if not place.exists():
+        if not _HUB_ID.fullmatch(os.fspath(path)):
+            raise HeadsError(f"no heads at {place}: no such file or folder")
+        place = _fetch_from_hub(os.fspath(path))
+    files = _weight_files(place) if place.is_dir() else [place]
+    names = {file: _tensor_names(file) for file in files}
+    try:
+        wanted = set(own_names(itertools.chain.from_iterable(names.values())).values())
+    except HeadsError as error:
+        raise HeadsError(f"heads in {place}: {error}") from None
+    tensors = {name: t for file in files for name, t in _read(file, wanted.intersection(names[file])).items()}
+    config = _read_config(place if place.is_dir() else place.parent)
+    return heads_from_tensors(tensors, config, source=str(place), hidden_size=hidden_size, vocab_size=vocab_size)
+
+
+def save_heads(
+    folder: str | os.PathLike,
+    heads: MedusaHeads,
+    config_extra: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write `medusa_lm_head.safetensors` (Medusa v2 names, rounded to `dtype`) and config.json into `folder`.
+
+    One LM head for all heads is stored as `lm_head.weight`, a draft vocabulary as `token_map`: our additions to v2.
+    config.json gets the shape, `heads.metadata` and `config_extra`, the latter winning. Each file is replaced
+    atomically, the weights first, so no reader sees half a file. Raises HeadsError if `config_extra` has a key that
+    the heads themselves decide.
+    """
+    if clash := SHAPE_KEYS.intersection(config_extra or {}):
+        raise HeadsError(f"config_extra has {some(sorted(clash))}, which the heads themselves decide")
+    layout = Layout(DIALECTS[0], heads.num_heads, heads.num_layers)
+    tensors = dict(zip(layout.blocks("weight"), heads.block_weight.flatten(0, 1), strict=True))
+    if heads.block_bias is not None:
+        tensors |= zip(layout.blocks("bias"), heads.block_bias.flatten(0, 1), strict=True)
+    if heads.lm_head_weight is not None and heads.lm_head_weight.ndim == 3:
+        tensors |= zip(layout.lm_heads(), heads.lm_head_weight, strict=True)
+    elif heads.lm_head_weight is not None:
+        tensors[SHARED_LM_HEAD] = heads.lm_head_weight
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    config = {
+        "base_model_name_or_path": heads.base_model_name_or_path,
+        "medusa_num_heads": heads.num_heads,
+        "medusa_num_layers": heads.num_layers,
+        "hidden_size": heads.hidden_size,
+        "version": "2",
+    }
+    if heads.token_map is not None:
+        tensors[TOKEN_MAP] = heads.token_map.detach().cpu().contiguous()
+        config["truncated_vocab_size"] = len(heads.token_map)
+    text = json.dumps({**config, **heads.metadata, **(config_extra or {}), **config}, indent=2) + "\n"
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _replace(Path(folder) / HEADS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    _replace(Path(folder) / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def is_heads_only(folder: str | os.PathLike) -> bool:
+    """Whether `folder` holds Medusa heads and no base model. Reads names only; False for what is no folder."""
+    place = Path(folder)
+    if not place.is_dir() or any(place.glob("*.gguf")):
+        return False
+    names = [name for file in _model_files(place) for name in _tensor_names(file)]
+    if any(name.startswith("model.") for name in names):
+        return False
+    return any((place / name).exists() for name in _HEADS_FILES) or contains_heads(names)
+
+
+def base_model_of(folder: str | os.PathLike) -> str | None:
+    """The `base_model_name_or_path` in the folder's config.json, if any. Raises HeadsError for a broken config."""
+    return base_name(_read_config(Path(folder)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HeadsError(f"cannot read {file}: no valid JSON ({_first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise HeadsError(f"cannot read {file}: it holds a JSON {type(content).__name__} and must hold an object")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files to look for heads in."""
+    heads_files = [folder / name for name in _HEADS_FILES if (folder / name).exists()][:1]
+    if files := heads_files or _model_files(folder):
+        return files
+    raise HeadsError(f"no heads in {folder}: it has neither {' nor '.join(_HEADS_FILES)} nor a model's weights")
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The folder's weight files other than `_HEADS_FILES`; a sharded checkpoint's as its index lists them."""
+    if found := [folder / name for name in _MODEL_FILES if (folder / name).exists()][:1]:
+        if found[0].suffix != ".json":
+            return found
+        shards = _read_json(found[0]).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise HeadsError(f"cannot read {found[0]}: it has no weight_map from tensor names to files")
+        return [folder / shard for shard in sorted(set(shards.values()))]
+    for pattern in _MODEL_GLOBS:
+        if files := [file for file in sorted(folder.glob(pattern)) if file.name not in _HEADS_FILES]:
+            return files
+    return []
+
+
+def _tensor_names(file: Path) -> list[str]:
+    return list(_read(file, None))
+
+
+def _read(file: Path, wanted: Iterable[str] | None) -> dict[str, Tensor | None]:
+    """The wanted tensors of one file by name; None reads the names alone (the tensors are then None)."""
+    if file.suffix not in (".safetensors", ".pt", ".bin"):
+        raise HeadsError(f"cannot read {file}: heads must be a .safetensors, .pt or .bin file")
+    if not file.is_file() or not file.stat().st_size:
+        raise HeadsError(f"cannot read {file}: the file is {'empty' if file.is_file() else 'missing'}")
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                return dict.fromkeys(opened.keys()) if wanted is None else {n: opened.get_tensor(n) for n in wanted}
+        # mmap leaves a large .bin's other tensors on disk; torch's format before 1.6 is no zip file and cannot
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # given a damaged file, the two libraries raise almost anything
+        # torch's own text would be many lines that explain how to run the file's code all the same
+        reason = _first_line(error) if file.suffix == ".safetensors" else "torch.load(weights_only=True) refuses it"
+        raise HeadsError(f"cannot read {file}: damaged, or more inside than tensors ({reason})") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise HeadsError(f"cannot read {file}: it must hold one dict from names to tensors")
+    return dict.fromkeys(content) if wanted is None else {name: content[name] for name in wanted}
+
+
+def _fetch_from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:  # offline, unknown, private: the user needs one line, not the client's own types
+        raise HeadsError(
+            f"no heads at {name!r}: no such file or folder, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {_first_line(error)}); without a network, pass a local folder or file"
+        ) from error
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `file`, then rename over it."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:160]

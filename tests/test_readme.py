@@ -1,0 +1,30 @@
+"""The README quotes only numbers that bench/results holds, and commands and names that exist."""
+
+import re
+from pathlib import Path
+
+import medusa_kernels
+from bench.readme import ROOT, render, rows
+from medusa_engine.cli import cli
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_results_are_those_of_bench_results():
+    assert rows()
+    assert render(README) == README
+
+
+def test_commands_exist():
+    for verb in re.findall(r"\bmedusa (\w+)", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))):
+        assert verb in cli.commands
+
+
+def test_ops_named_are_exported():
+    for name in re.findall(r"medusa_kernels\.(\w+)", README):
+        assert hasattr(medusa_kernels, name)
+
+
+def test_files_named_exist():
+    for name in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+        assert Path(ROOT / name).exists(), name
