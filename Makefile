@@ -52,7 +52,7 @@ format: $(VENV)/.installed-dev
 
 # Every architecture that the CUDA kernels support, compiled; needs nvcc 13.
 all-arch: $(VENV)/.installed
-	MEDUSA_CUDA=on MEDUSA_CUDA_ARCHS="80;86;89;90a;100;120" $(BIN)/python -m pip install --quiet --editable .
+	MEDUSA_CUDA=on MEDUSA_CUDA_ARCHS="80;86;89;90;100;120" $(BIN)/python -m pip install --quiet --editable .
 
 clean:
 	rm -rf build $(VENV) medusa_kernels/_C*.so

@@ -208,7 +208,7 @@ def call(op: str, variant: str, device: str, work: Work) -> Callable[[], None]:
         _C.cpu.force_isa(isa or "auto")
         bound()
 
-    return forced if isa else bound
+    return forced
 
 
 def failure(work: Work, run: Callable[[], None], reference: Callable[[], None], dtype: torch.dtype) -> str:

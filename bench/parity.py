@@ -1,8 +1,8 @@
 """Does Medusa say what plain decoding says, and what transformers says? `python -m bench.parity --help`.
 
-Three greedy texts per prompt, in fp32: our plain decoding, our Medusa decoding, and transformers' `generate`. Every first
-difference is printed with both tokens and the margin between their logits in transformers; a margin at the size of fp32
-rounding is a near-tie, anything else a bug.
+Three greedy texts per prompt, in fp32: our plain decoding, our Medusa decoding, and transformers' `generate`. Every
+first difference is printed with both tokens and the margin between their logits in transformers; a margin at the size
+of fp32 rounding is a near-tie, anything else a bug.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def main() -> None:
         **where(),
     }
     print(
-        f"{engine.backend} {engine.dtype}, {len(prompts)} prompts x {args.max_new_tokens} tokens: Medusa equals plain on "
-        f"{counts['medusa']}, plain equals transformers on {counts['transformers']}; "
+        f"{engine.backend} {engine.dtype}, {len(prompts)} prompts x {args.max_new_tokens} tokens: "
+        f"Medusa equals plain on {counts['medusa']}, plain equals transformers on {counts['transformers']}; "
         f"largest relative logit error {worst:.1e}"
     )
     if args.output:

@@ -274,6 +274,8 @@ PYBIND11_MODULE(_C, m) {
   def_cuda(g, "rotary_append", rotary_append, cuda::rotary_append);
   def_cuda(g, "rms_norm", rms_norm, cuda::rms_norm);
   def_cuda(g, "silu_mul", silu_mul, cuda::silu_mul);
+  def_cuda(g, "linear", linear, cuda::linear);
+  def_cuda(g, "draft_heads", draft_heads, cuda::draft_heads, cuda::draft_heads_workspace);
   def_cuda(g, "verify_tree", verify_tree, cuda::verify_tree, cuda::verify_tree_workspace);
   def_cuda(g, "compact_kv", compact_kv, cuda::compact_kv);
 #else

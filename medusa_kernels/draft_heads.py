@@ -8,13 +8,14 @@ from torch import Tensor
 from . import _check
 from ._backends import Lazy, Native, resolve
 from .linear import PackedLinear
+from .native import with_workspace
 from .native.draft_heads import arguments
 from .reference import draft_heads as reference
 
 BACKENDS = {
     "reference": reference.launch,
     "cpu": Native("cpu", "draft_heads", arguments),
-    "cuda": Native("cuda", "draft_heads", arguments),
+    "cuda": Native("cuda", "draft_heads", with_workspace("draft_heads", arguments)),
     "triton": Lazy("medusa_kernels.triton.draft_heads"),
 }
 

@@ -50,6 +50,11 @@ class Backend:
     max_work: float = float("inf")  # multiply-adds that one case may cost
     narrow: bool = False  # head_dim a multiple of 8, and the cache in the query's dtype
 
+    @property
+    def fast(self) -> bool:
+        """Not interpreted or emulated."""
+        return self.max_work == float("inf")
+
     def unavailable(self, op: str) -> str:
         if self.launches is not None:
             return "" if op in self.launches else "not emulated"

@@ -20,7 +20,6 @@ from .backends import OPS, REFERENCE, Backend, backends_for
 
 HAS_MODULE = _backends._C is not None
 CUDA_SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-MEDUSA_OPS = ("tree_attention", "draft_heads", "verify_tree", "compact_kv")
 
 
 def x86(feature: str) -> bool:
@@ -41,11 +40,7 @@ def test_the_expected_backends_are_here(op):
         }
     if HAS_MODULE and _backends._C.built_with_cuda and torch.cuda.is_available():
         expected.add("cuda")
-    if (
-        op in MEDUSA_OPS
-        and importlib.util.find_spec(f"medusa_kernels.triton.{op}")
-        and importlib.util.find_spec("triton")
-    ):
+    if (Path(mk.__file__).parent / "triton" / f"{op}.py").exists() and importlib.util.find_spec("triton"):
         expected.add("triton")
     if not torch.cuda.is_available() and (CUDA_SOURCES / op).with_suffix(".cu").exists() and shutil.which("g++"):
         expected.add("cuda-emulated")

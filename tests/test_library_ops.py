@@ -33,7 +33,8 @@ def arguments(op: str) -> tuple[tuple, dict]:
         "verify_tree": ((logits, tokens, TREE.parents), dict(SEEDED)),
         "compact_kv": (
             (cases.normal((2, 2, BATCH, SEQ, 2, 8), torch.float32, g),
-             torch.tensor([[0, 2, 4], [0, -1, -1]], dtype=torch.int32), torch.tensor([2, 0], dtype=torch.int32), lengths),
+             torch.tensor([[0, 2, 4], [0, -1, -1]], dtype=torch.int32),
+             torch.tensor([2, 0], dtype=torch.int32), lengths),
             {}),
         "rms_norm": ((x, x[0].clone(), 1e-5), {"residual": x.clone()}),
         "rotary_append": ((q, *new, *torch.randn(2, SEQ, 4, generator=g).unbind(), *caches, lengths, TREE.depths), {}),

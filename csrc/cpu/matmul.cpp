@@ -8,7 +8,11 @@ namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
 constexpr int kStrips = 16 / kWidth;       // a strip: the columns of a vector and those 16 further on
-constexpr int kPrefetch = 128 * 1024;      // bytes ahead in the weight stream; nearer costs a third at 8 rows
+// What a pass over a tile prefetches. With few rows a pass waits for memory, which the processor's own prefetcher feeds
+// best; with many it computes, and far lines arrive meanwhile. Zen 4, GB/s of a core at 1, 4 and 8 rows of bf16: none
+// 28, 20, 11; near 27, 23, 13; far 21, 23, 14. int8: none 28, 27, 15.5; far 21, 20, 16.5, and at 16 rows 8.0 against 9.1.
+enum class Fetch { none, near, far };
+constexpr int kNear = 4 * 1024, kFar = 128 * 1024;  // bytes ahead, into the first and the second cache
 constexpr int kLine = 64;
 
 // How many rows share a weight load: the sums must fit the registers, with some left for weights and a broadcast.
@@ -27,14 +31,19 @@ inline void load_strip(const bf16* p, int strip, Vec& low, Vec& high) {
   split_pairs(load_pairs(p + strip * 2 * kWidth), low, high);
 }
 
-// One of the passes over a tile: they take turns at prefetching, so that each leaves memory time to work.
-struct Pass {
-  int index, count;
-};
+template <Fetch fetch, int kBytes>
+inline void fetch_ahead(const void* p) {
+  const char* at = static_cast<const char*>(p);
+#pragma GCC unroll 8
+  for (int b = 0; b < kBytes; b += kLine) {
+    if (fetch == Fetch::near) __builtin_prefetch(at + kNear + b, 0, 3);
+    if (fetch == Fetch::far) __builtin_prefetch(at + kFar + b, 0, 2);
+  }
+}
 
 // R rows times the strips [strip, strip + S) of a tile.
-template <class W, int R, int S>
-void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, Pass pass, float* out, int64_t ld) {
+template <class W, int R, int S, Fetch fetch>
+void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, float* out, int64_t ld) {
   Vec sums[R][2 * S];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < 2 * S; ++c) sums[r][c] = zero();
@@ -49,18 +58,11 @@ void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, 
       for (int c = 0; c < 2 * S; ++c) sums[r][c] = fma(wide[c], a, sums[r][c]);
     }
   };
-  const char* ahead = reinterpret_cast<const char*>(w) + kPrefetch;
   int i = 0;
   for (; i + 4 <= k; i += 4) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) step(w + (i + u) * kTile, x + i + u);
-    constexpr int kBytes = 4 * kTile * static_cast<int>(sizeof(W));
-    if (pass.index-- == 0) {
-      pass.index = pass.count - 1;
-#pragma GCC unroll 8
-      for (int b = 0; b < kBytes; b += kLine) prefetch(ahead + b);
-    }
-    ahead += kBytes;
+    fetch_ahead<fetch, 4 * kTile * static_cast<int>(sizeof(W))>(w + i * kTile);
   }
   for (; i < k; ++i) step(w + i * kTile, x + i);
   for (int r = 0; r < R; ++r) {
@@ -72,8 +74,8 @@ void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, 
 }
 
 // As float_kernel: exact integer sums inside a group, floats from group to group.
-template <int R, int S>
-void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, Pass pass, float* out, int64_t ld) {
+template <int R, int S, Fetch fetch>
+void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, float* out, int64_t ld) {
   const int groups = static_cast<int>(ceil_div(rows.k, kGroup));
   const uint8_t* w = tile + kTile * sizeof(float);
   const int8_t* q = rows.q + static_cast<int64_t>(row) * groups * kGroup;
@@ -90,12 +92,9 @@ void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, Pass
 #pragma GCC unroll 8
       for (int c = 0; c < 2 * S; ++c) part[r][c] = dot_start(offset);
     }
+#pragma GCC unroll 1  // unrolled further, the compiler loads out of order, which the prefetcher does not follow
     for (int i = 0; i < kGroup; i += 16) {
-      if (pass.index-- == 0) {
-        pass.index = pass.count - 1;
-#pragma GCC unroll 8
-        for (int b = 0; b < 16 * kTile; b += kLine) prefetch(w + kPrefetch + b);
-      }
+      fetch_ahead<fetch, 16 * kTile>(w);
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
         Bytes bytes[2 * S];
@@ -131,23 +130,29 @@ void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, Pass
   }
 }
 
-// Few rows leave registers for every strip of the tile at once; many go strip by strip.
+// Few rows leave registers for every strip of the tile at once; many go strip by strip. Only the first pass fetches.
 template <class W, int R>
-void float_block(const W* tile, const Rows& rows, int row, Pass block, float* out, int64_t ld) {
-  constexpr int kAtOnce = R * 2 * kStrips <= kFloatRows * 2 ? kStrips : 1, kPasses = kStrips / kAtOnce;
+void float_block(const W* tile, const Rows& rows, int row, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kFloatRows * 2 ? kStrips : 1;
+  constexpr Fetch kFetch = R < 4 ? Fetch::near : Fetch::far;
   const float* x = rows.x + row * rows.row_stride;
-  for (int i = 0; i < kPasses; ++i) {
-    const Pass pass = {block.index * kPasses + i, block.count * kPasses};
-    float_kernel<W, R, kAtOnce>(tile, x, rows.row_stride, rows.k, i * kAtOnce, pass, out + row * ld, ld);
+  out += row * ld;
+  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
+    const bool first = row == 0 && strip == 0;
+    const auto kernel = first ? float_kernel<W, R, kAtOnce, kFetch> : float_kernel<W, R, kAtOnce, Fetch::none>;
+    kernel(tile, x, rows.row_stride, rows.k, strip, out, ld);
   }
 }
 
 template <int R>
-void int8_block(const uint8_t* tile, const Rows& rows, int row, Pass block, float* out, int64_t ld) {
-  constexpr int kAtOnce = R * 2 * kStrips <= kInt8Rows * 2 ? kStrips : 1, kPasses = kStrips / kAtOnce;
-  for (int i = 0; i < kPasses; ++i) {
-    const Pass pass = {block.index * kPasses + i, block.count * kPasses};
-    int8_kernel<R, kAtOnce>(tile, rows, row, i * kAtOnce, pass, out + row * ld, ld);
+void int8_block(const uint8_t* tile, const Rows& rows, int row, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kInt8Rows * 2 ? kStrips : 1;
+  constexpr Fetch kFetch = R <= 4 ? Fetch::none : Fetch::far;
+  out += row * ld;
+  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
+    const bool first = row == 0 && strip == 0;
+    const auto kernel = first ? int8_kernel<R, kAtOnce, kFetch> : int8_kernel<R, kAtOnce, Fetch::none>;
+    kernel(tile, rows, row, strip, out, ld);
   }
 }
 
@@ -171,14 +176,14 @@ inline void for_row_blocks(int rows, const Body& body) {
   for (int b = 0; b < blocks; ++b) {
     const int row = static_cast<int>(static_cast<int64_t>(rows) * b / blocks);
     const int next = static_cast<int>(static_cast<int64_t>(rows) * (b + 1) / blocks);
-    with_count<kMost>(next - row, [&](auto count) { body(count, row, Pass{b, blocks}); });
+    with_count<kMost>(next - row, [&](auto count) { body(count, row); });
   }
 }
 
 template <class W>
 void multiply_float(const Rows& rows, const void* tile, float* out, int64_t ld) {
-  for_row_blocks<kFloatRows>(rows.rows, [&](auto count, int row, Pass block) {
-    float_block<W, decltype(count)::value>(static_cast<const W*>(tile), rows, row, block, out, ld);
+  for_row_blocks<kFloatRows>(rows.rows, [&](auto count, int row) {
+    float_block<W, decltype(count)::value>(static_cast<const W*>(tile), rows, row, out, ld);
   });
 }
 
@@ -320,8 +325,8 @@ void multiply_tile(const Rows& rows, WeightFormat format, const void* tile, floa
     case WeightFormat::packed_f16:
       return multiply_float<f16>(rows, tile, out, ld);
     default:
-      for_row_blocks<kInt8Rows>(rows.rows, [&](auto count, int row, Pass block) {
-        int8_block<decltype(count)::value>(static_cast<const uint8_t*>(tile), rows, row, block, out, ld);
+      for_row_blocks<kInt8Rows>(rows.rows, [&](auto count, int row) {
+        int8_block<decltype(count)::value>(static_cast<const uint8_t*>(tile), rows, row, out, ld);
       });
   }
 }

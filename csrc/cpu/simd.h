@@ -137,7 +137,5 @@ inline float exp(float x) { return largest(exp(set(x))); }
 
 inline Vec silu(Vec x) { return x / (set(1.f) + exp(zero() - x)); }
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-
 }  // namespace
 }  // namespace medusa::cpu::MEDUSA_ISA

@@ -17,7 +17,7 @@ namespace medusa::cpu {
 namespace {
 
 constexpr double kWorthSharing = 4000;                    // nanoseconds: below, waking a thread costs more than it saves
-constexpr auto kSpin = std::chrono::microseconds(100);    // how long a thread without work stays awake
+constexpr auto kSpin = std::chrono::microseconds(30);     // how long a thread without work stays awake
 constexpr int kMaxPieces = (1 << 20) - 1;                 // what a run's fields hold
 constexpr int kMaxThreads = 256;
 

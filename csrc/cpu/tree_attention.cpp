@@ -20,30 +20,30 @@ constexpr int kKeys = kVectors * kWidth;  // keys whose scores are summed side b
 constexpr int kSums = 6;                  // rows of them
 constexpr int kHead = 256;
 
-// out[r][0 .. kKeys) = q rows times the transposed keys [dim][kKeys]
-template <int R>
+// out[r][0 .. V vectors) = q rows times the transposed keys [dim][V vectors]
+template <int R, int V>
 void score_kernel(const float* q, const float* keys, int dim, float* out, int64_t ld) {
-  Vec sums[R][kVectors];
+  Vec sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) sums[r][c] = zero();
+    for (int c = 0; c < V; ++c) sums[r][c] = zero();
   }
-  for (int d = 0; d < dim; ++d, keys += kKeys) {
-    Vec k[kVectors];
+  for (int d = 0; d < dim; ++d, keys += V * kWidth) {
+    Vec k[V];
 #pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) k[c] = load(keys + c * kWidth);
+    for (int c = 0; c < V; ++c) k[c] = load(keys + c * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vec a = set(q[r * kHead + d]);
 #pragma GCC unroll 4
-      for (int c = 0; c < kVectors; ++c) sums[r][c] = fma(k[c], a, sums[r][c]);
+      for (int c = 0; c < V; ++c) sums[r][c] = fma(k[c], a, sums[r][c]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int c = 0; c < kVectors; ++c) store(out + r * ld + c * kWidth, sums[r][c]);
+    for (int c = 0; c < V; ++c) store(out + r * ld + c * kWidth, sums[r][c]);
   }
 }
 
@@ -74,6 +74,11 @@ void value_kernel(const float* weights, int64_t weights_ld, const T* values, int
   }
 }
 
+template <class T>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+
 template <int N>
 struct Count {
   static constexpr int value = N;
@@ -94,18 +99,38 @@ struct Cache {
   int64_t row_stride;
   int dim;
 
-  // keys [dim][kKeys] of rows first and on; those from `count` on are 0 and not read.
-  void transposed(int64_t first, int count, float* keys) const {
-    for (int group = 0; group < kKeys; group += kWidth) {
+  // keys [dim][width] of rows first and on, width a multiple of kWidth; those from `count` on are 0 and not read.
+  void transposed(int64_t first, int count, int width, float* keys) const {
+    for (int group = 0; group < width; group += kWidth) {
       const T* rows = k + (first + group) * row_stride;
-      for (int d = 0; d < dim; d += kWidth) {
-        Vec m[kWidth];
-        for (int j = 0; j < kWidth; ++j) {
-          m[j] = group + j < count ? load_part(rows + j * row_stride + d, dim - d) : zero();
+      const int there = smaller(kWidth, count - group);
+      float* target = keys + group;
+      Vec m[kWidth];
+      int d = 0;
+      if constexpr (is_bf16<T>) {  // two dimensions at once
+        for (; d + 2 * kWidth <= dim; d += 2 * kWidth) {
+          for (int j = 0; j < kWidth; ++j) m[j] = j < there ? load_pairs(rows + j * row_stride + d) : zero();
+          transpose(m);
+          for (int i = 0; i < kWidth; ++i) {
+            Vec even, odd;
+            split_pairs(m[i], even, odd);
+            store(target + (d + 2 * i) * width, even);
+            store(target + (d + 2 * i + 1) * width, odd);
+          }
         }
-        transpose(m);
-        for (int i = 0; i < kWidth && d + i < dim; ++i) store(keys + (d + i) * kKeys + group, m[i]);
       }
+      for (; d < dim; d += kWidth) {
+        for (int j = 0; j < kWidth; ++j) m[j] = j < there ? load_part(rows + j * row_stride + d, dim - d) : zero();
+        transpose(m);
+        for (int i = 0; i < kWidth && d + i < dim; ++i) store(target + (d + i) * width, m[i]);
+      }
+    }
+  }
+
+  // A head's rows lie too far apart for the processor's own prefetcher.
+  void fetch(const T* of, int64_t first, int count) const {
+    for (const T* row = of + first * row_stride; count > 0; --count, row += row_stride) {
+      for (int d = 0; d < dim; d += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(row + d, 0, 2);
     }
   }
 
@@ -193,13 +218,22 @@ struct Task {
     return count;
   }
 
+  template <int V>
+  void scores_of(int64_t first, int count, float* out) const {
+    cache.transposed(first, count, V * kWidth, buffers.keys);
+    for_rows(0, end - begin, [&](auto n, int row) {
+      score_kernel<decltype(n)::value, V>(buffers.q + row * kHead, buffers.keys, p.head_dim, out + row * kLd, kLd);
+    });
+  }
+
   void scores(int64_t first, int count, float* out) const {
-    for (int j = 0; j < count; j += kKeys) {
-      cache.transposed(first + j, smaller(kKeys, count - j), buffers.keys);
-      for_rows(0, end - begin, [&](auto n, int row) {
-        score_kernel<decltype(n)::value>(buffers.q + row * kHead, buffers.keys, p.head_dim, out + row * kLd + j, kLd);
-      });
+    int j = 0;
+    for (; j + kKeys <= count; j += kKeys) {
+      cache.fetch(cache.k, first + j + kKeys, smaller(kKeys, count - j - kKeys));
+      cache.fetch(cache.v, first + j, kKeys);
+      scores_of<kVectors>(first + j, kKeys, out + j);
     }
+    for (; j < count; j += kWidth) scores_of<1>(first + j, smaller(kWidth, count - j), out + j);
   }
 
   // The contribution of the ranks from block * kBlock on to every row; `partial(row)` says where it goes.
@@ -225,15 +259,27 @@ struct Task {
     cache.add_values(buffers.scores, kLd, rows, first, shared, buffers.values);
     for (int r = 0; r < rows; ++r) {
       float* values = buffers.values + r * kHead;
-      if (tree) {
-        int count = shared;
-        for_ancestors(node_of(begin + r), [&](int rank, int node) {
-          if (rank < first || rank >= first + kBlock) return;
-          cache.add_values(buffers.scores + r * kLd + count++, kLd, 1, prefix + node, 1, values);
-        });
-      }
+      if (tree) add_tree_values(first, begin + r, buffers.scores + r * kLd, values);
       memcpy(partial(begin + r)->values, values, sizeof(float) * p.head_dim);
     }
+  }
+
+  // The values of the tree nodes among a block's ranks; neighbours in the tree's order are added in one go.
+  void add_tree_values(int first, int row, const float* weights, float* values) const {
+    int from = 0, node_from = 0, length = 0;
+    const auto flush = [&] { cache.add_values(weights + from - first, kLd, 1, prefix + node_from, length, values); };
+    for_ancestors(node_of(row), [&](int rank, int node) {
+      if (rank < first || rank >= first + kBlock) return;
+      if (length > 0 && node == node_from + length) {
+        ++length;
+        return;
+      }
+      flush();
+      from = rank;
+      node_from = node;
+      length = 1;
+    });
+    flush();
   }
 
   static void softmax(float* s, int count, Partial& target) {

@@ -96,8 +96,27 @@ __device__ __forceinline__ float block_sum(float x, float* partial) {
   return warp_sum(mine);
 }
 
-// Whether this block is the last of `expected` to come here; what all of them wrote before is then visible to it, through
-// load_l2. The counter is 0 again afterwards, ready for the next launch. `shared` is any flag in shared memory.
+// Keys order like the numbers they stand for; -0 and +0 share one.
+__device__ __forceinline__ uint32_t order_key(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float key_value(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// One key for a number and its id: the larger number first, of equal ones the lower id.
+__device__ __forceinline__ uint64_t rank_key(float x, int id) {
+  return static_cast<uint64_t>(order_key(x)) << 32 | (0xffffffffu - id);
+}
+__device__ __forceinline__ float rank_value(uint64_t key) { return key_value(static_cast<uint32_t>(key >> 32)); }
+__device__ __forceinline__ int rank_id(uint64_t key) {
+  return static_cast<int>(0xffffffffu - static_cast<uint32_t>(key));
+}
+
+// Whether this block is the last of `expected` to come here; what all of them wrote before is then visible to it,
+// through load_l2. The counter is 0 again afterwards, ready for the next launch. `shared` is any flag in shared memory.
 __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t expected, bool* shared) {
   __threadfence();
   __syncthreads();

@@ -11,8 +11,8 @@ namespace medusa::cuda {
 int device_count(std::string* reason);
 const char* error_string(int error);
 
-// Memory that some ops need between their blocks. `scratch` may hold anything; `counters` are 0 before a launch and 0 again
-// after it. Neither may be in use by another stream at the same time.
+// Memory that some ops need between their blocks. `scratch` may hold anything; `counters` are 0 before a launch and 0
+// again after it. Neither may be in use by another stream at the same time.
 struct Workspace {
   void* scratch;
   uint32_t* counters;
@@ -23,11 +23,14 @@ struct WorkspaceSize {
 
 WorkspaceSize tree_attention_workspace(const TreeAttentionParams&);
 int tree_attention(const TreeAttentionParams&, Workspace, uintptr_t stream);
+WorkspaceSize draft_heads_workspace(const DraftHeadsParams&);
+int draft_heads(const DraftHeadsParams&, Workspace, uintptr_t stream);
 WorkspaceSize verify_tree_workspace(const VerifyTreeParams&);
 int verify_tree(const VerifyTreeParams&, Workspace, uintptr_t stream);
 int rotary_append(const RotaryAppendParams&, uintptr_t stream);
 int rms_norm(const RmsNormParams&, uintptr_t stream);
 int silu_mul(const SiluMulParams&, uintptr_t stream);
+int linear(const LinearParams&, uintptr_t stream);
 int compact_kv(const CompactKvParams&, uintptr_t stream);
 
 }  // namespace medusa::cuda

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
 
 int rms_norm(const RmsNormParams& p, uintptr_t stream) {
   const size_t narrower = p.dtype == DType::f32 ? 4 : 2;
-  const bool aligned = multiple_of_16({p.x, p.residual, p.weight, p.out},
-                                      {p.x_row_stride, p.residual_row_stride, p.hidden}, narrower);
+  const bool aligned =
+      multiple_of_16({p.x, p.residual, p.weight, p.out}, {p.x_row_stride, p.residual_row_stride, p.hidden}, narrower);
   return with_type(p.dtype, [&](auto t) {
     return with_type(p.weight_dtype, [&](auto w) {
       return with_width<decltype(t)>(aligned, [&](auto n) {

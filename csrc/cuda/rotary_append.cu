@@ -6,6 +6,7 @@ namespace medusa::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 4;  // stated, or ptxas spills for the sake of more
 
 // Rotates one head by `lanes` lanes, of which this is `lane`, after its RMSNorm if `norm` is given.
 // N: elements per access. In place (from == to) is fine: no element is read after it was written.
@@ -25,7 +26,7 @@ __device__ void rotate_head(const RotaryAppendParams& p, const From* from, To* t
     factor = rsqrtf(warp_sum<Lanes>(squares) / p.head_dim + p.norm_eps);
   }
   if (!active) return;
-  const auto normalise = [&](float(&v)[N], int i) {
+  const auto normalise = [&](float (&v)[N], int i) {
     if (!norm) return;
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] = v[j] * factor * load_any(norm, p.norm_dtype, i + j);
@@ -56,7 +57,7 @@ __device__ void rotate_head(const RotaryAppendParams& p, const From* from, To* t
 
 // T: of q, k and v. C: of the caches.
 template <class T, class C, int N>
-__global__ void __launch_bounds__(kThreads) rotary_append_kernel(RotaryAppendParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) rotary_append_kernel(RotaryAppendParams p) {
   constexpr int kLanes = N == 1 ? 32 : 8;
   const int lane = threadIdx.x % kLanes;
   const int heads = p.heads + 2 * p.kv_heads;
@@ -76,9 +77,10 @@ __global__ void __launch_bounds__(kThreads) rotary_append_kernel(RotaryAppendPar
   // q, k and v take the same path as far as the warp's reductions go: a warp may hold heads of all three.
   const bool is_q = head < p.heads, is_k = !is_q && head < p.heads + p.kv_heads;
   if (!is_q) head -= is_k ? p.heads : p.heads + p.kv_heads;
-  const T* from = is_q   ? static_cast<const T*>(p.q) + b * p.q_batch_stride + node * p.q_row_stride + head * p.q_head_stride
-                  : is_k ? static_cast<const T*>(p.k) + b * p.k_batch_stride + node * p.k_row_stride + head * p.k_head_stride
-                         : static_cast<const T*>(p.v) + b * p.v_batch_stride + node * p.v_row_stride + head * p.v_head_stride;
+  const T* from =
+      is_q   ? static_cast<const T*>(p.q) + b * p.q_batch_stride + node * p.q_row_stride + head * p.q_head_stride
+      : is_k ? static_cast<const T*>(p.k) + b * p.k_batch_stride + node * p.k_row_stride + head * p.k_head_stride
+             : static_cast<const T*>(p.v) + b * p.v_batch_stride + node * p.v_row_stride + head * p.v_head_stride;
   rotate_head<N, kLanes>(p, from, const_cast<T*>(from), p.q_norm, position, lane, active && is_q);
   rotate_head<N, kLanes>(p, from, is_k ? cache_at(p.k_cache, head) : nullptr, p.k_norm, position, lane, active && is_k);
   if (active && !is_q && !is_k) {

@@ -1,5 +1,5 @@
-// What one block finds out about one row of logits: its argmax, and a draw from its truncated softmax. All sums have an order
-// that depends on the vocabulary alone, so a row gives the same token whatever stands beside it.
+// What one block finds out about one row of logits: its argmax, and a draw from its truncated softmax. All sums have an
+// order that depends on the vocabulary alone, so a row gives the same token whatever stands beside it.
 #pragma once
 #include "cuda/common.cuh"
 
@@ -15,16 +15,6 @@ struct RowShared {
   int segment_ties[kRowWarps];
   int token;
 };
-
-// Keys order like the numbers they stand for; -0 and +0 share one.
-__device__ __forceinline__ uint32_t order_key(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float key_value(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
 
 // A multiple of 2^-24 in [0, 1) from Philox4x32-10 (Salmon et al., 2011); key and counter are 64-bit, low word first.
 __device__ inline float philox_uniform(uint64_t seed, uint64_t counter) {
@@ -80,7 +70,7 @@ struct Row {
   // The lowest id of the largest logit. Sets `top`.
   __device__ int argmax() {
     uint64_t best = 0;
-    each([&](float v, int i) { best = max(best, static_cast<uint64_t>(order_key(v)) << 32 | (0xffffffffu - i)); });
+    each([&](float v, int i) { best = max(best, rank_key(v, i)); });
     const auto over_warp = [](uint64_t x) {
 #pragma unroll
       for (int by = 16; by > 0; by /= 2) x = max(x, __shfl_xor_sync(kFullWarp, x, by));
@@ -91,8 +81,8 @@ struct Row {
     __syncthreads();
     best = over_warp(lane() < kRowWarps ? s.best[lane()] : 0);
     __syncthreads();
-    top = key_value(static_cast<uint32_t>(best >> 32));
-    return static_cast<int>(0xffffffffu - static_cast<uint32_t>(best));
+    top = rank_value(best);
+    return rank_id(best);
   }
 
   // The lowest key t >= lowest for which the sum of value(logit) over all keys above t is below `target`, and that sum.
@@ -102,7 +92,9 @@ struct Row {
     float above_high = 0;
     while (low < high) {
       const uint32_t step = (high - low) / (kProbes + 1) + 1;
-      const auto probe = [&](int j) { return static_cast<uint32_t>(min(uint64_t{low} + (j + 1) * uint64_t{step} - 1, uint64_t{high})); };
+      const auto probe = [&](int j) {
+        return static_cast<uint32_t>(min(uint64_t{low} + (j + 1) * uint64_t{step} - 1, uint64_t{high}));
+      };
       float above[kProbes] = {};
       each([&](float v, int) {
         const uint32_t key = order_key(v);
@@ -118,7 +110,8 @@ struct Row {
       }
       __syncthreads();
 #pragma unroll
-      for (int j = 0; j < kProbes; ++j) above[j] = above_high + warp_sum(lane() < kRowWarps ? s.partial[lane()][j] : 0.0f);
+      for (int j = 0; j < kProbes; ++j)
+        above[j] = above_high + warp_sum(lane() < kRowWarps ? s.partial[lane()][j] : 0.0f);
       __syncthreads();
       // From the highest probe down: each that still qualifies becomes the upper end, the first that fails the lower.
       uint32_t new_low = low, new_high = high;
@@ -261,7 +254,8 @@ struct Row {
       ties = __shfl_sync(kFullWarp, rank, 31);
     }
 #pragma unroll
-    for (int by = 16; by > 0; by /= 2) last_positive = max(last_positive, __shfl_xor_sync(kFullWarp, last_positive, by));
+    for (int by = 16; by > 0; by /= 2)
+      last_positive = max(last_positive, __shfl_xor_sync(kFullWarp, last_positive, by));
     return last_positive;
   }
 };

@@ -1,9 +1,9 @@
-// tree_attention on tensor cores: bf16 and fp16, head_dim a multiple of 8, 16-byte aligned rows. Anything else goes to the
-// plain kernel (tree_attention_plain.cuh).
+// tree_attention on tensor cores: bf16 and fp16, head_dim a multiple of 8, 16-byte aligned rows. Anything else goes to
+// the plain kernel (tree_attention_plain.cuh).
 //
 // The n * group query rows that share a K/V head are packed into tiles of 64 rows. A block takes one such tile over one
-// stretch of keys (a split); splits are as many as fill the chip whatever the lengths, which only the device knows. Each
-// block leaves its sums in scratch, and the last of a tile's blocks to arrive combines them.
+// stretch of keys (a split); splits are as many as fill the chip whatever the lengths, which only the device knows.
+// Each block leaves its sums in scratch, and the last of a tile's blocks to arrive combines them.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
 #include "cuda/tree_attention_plain.cuh"
@@ -41,8 +41,8 @@ struct Partials {
 
 __host__ __device__ inline int64_t partial_rows(int64_t tiles, int splits) { return tiles * splits * kRows; }
 
-// Where chunk `chunk` of row `row` lies in a shared tile: rows are permuted so that the eight rows one ldmatrix tile reads, and
-// the chunks one cp.async row writes, fall into different banks.
+// Where chunk `chunk` of row `row` lies in a shared tile: rows are permuted so that the eight rows one ldmatrix tile
+// reads, and the chunks one cp.async row writes, fall into different banks.
 template <int Dim>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * Dim + (chunk ^ (row & 7)) * 8;
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) load_keys(i);
 
-  const auto query_fragment = [&](uint32_t(&a)[4], int step) {
+  const auto query_fragment = [&](uint32_t (&a)[4], int step) {
     ldmatrix_x4(a, &q_shared[swizzled<Dim>(warp * 16 + lane % 16, step * 2 + lane / 16)]);
   };
   uint32_t q[S::kQueriesInRegisters ? Dim / 16 : 1][4];
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
     for (int step = 0; step < Dim / 16; ++step) {
       uint32_t loaded[4];
       if constexpr (!S::kQueriesInRegisters) query_fragment(loaded, step);
-      const uint32_t(&a)[4] = S::kQueriesInRegisters ? q[S::kQueriesInRegisters ? step : 0] : loaded;
+      const uint32_t (&a)[4] = S::kQueriesInRegisters ? q[S::kQueriesInRegisters ? step : 0] : loaded;
 #pragma unroll
       for (int pair = 0; pair < kKeys / 16; ++pair) {
         uint32_t fragment[4];
@@ -213,10 +213,10 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
     // The accumulators' layout is that of the next product's left operand, once rounded.
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step) {
-      const uint32_t a[4] = {
-          pack2<T>(score[2 * step][0], score[2 * step][1]), pack2<T>(score[2 * step][2], score[2 * step][3]),
-          pack2<T>(score[2 * step + 1][0], score[2 * step + 1][1]),
-          pack2<T>(score[2 * step + 1][2], score[2 * step + 1][3])};
+      const uint32_t a[4] = {pack2<T>(score[2 * step][0], score[2 * step][1]),
+                             pack2<T>(score[2 * step][2], score[2 * step][3]),
+                             pack2<T>(score[2 * step + 1][0], score[2 * step + 1][1]),
+                             pack2<T>(score[2 * step + 1][2], score[2 * step + 1][3])};
 #pragma unroll
       for (int pair = 0; pair < Dim / 16; ++pair) {
         uint32_t fragment[4];
@@ -265,7 +265,8 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
 #pragma unroll
     for (int i = 0; i < Dim / 8; ++i) {
       if (i * 8 < p.head_dim) {
-        *reinterpret_cast<float2*>(partials.values + at * Dim + i * 8 + column) = {out[i][2 * half], out[i][2 * half + 1]};
+        *reinterpret_cast<float2*>(partials.values + at * Dim + i * 8 + column) = {out[i][2 * half],
+                                                                                   out[i][2 * half + 1]};
       }
     }
   }
@@ -316,10 +317,10 @@ int padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 12
 
 bool on_tensor_cores(const TreeAttentionParams& p) {
   return p.q_dtype != DType::f32 && p.q_dtype == p.kv_dtype && p.head_dim % 8 == 0 &&
-         multiple_of_16({p.q, p.k_cache, p.v_cache, p.out},
-                        {p.q_batch_stride, p.q_row_stride, p.q_head_stride, p.kv_batch_stride, p.kv_row_stride,
-                         p.kv_head_stride},
-                        2);
+         multiple_of_16(
+             {p.q, p.k_cache, p.v_cache, p.out},
+             {p.q_batch_stride, p.q_row_stride, p.q_head_stride, p.kv_batch_stride, p.kv_row_stride, p.kv_head_stride},
+             2);
 }
 
 template <class T, int Dim>

@@ -1,4 +1,5 @@
-// tree_attention for what the tensor cores do not take: fp32, mixed dtypes, odd head sizes and strides. One block per query row.
+// tree_attention for what the tensor cores do not take: fp32, mixed dtypes, odd head sizes and strides. One block per
+// query row.
 #pragma once
 #include "cuda/common.cuh"
 

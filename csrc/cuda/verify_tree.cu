@@ -1,6 +1,6 @@
-// verify_tree in one launch. One block per (sequence, node) settles what that node says: its token (argmax or draw; a draw
-// depends on the node's depth alone, so all nodes can draw at once) and, for typical acceptance, ln P of its children. The last of
-// a sequence's blocks then picks the path.
+// verify_tree in one launch. One block per (sequence, node) settles what that node says: its token (argmax or draw; a
+// draw depends on the node's depth alone, so all nodes can draw at once) and, for typical acceptance, ln P of its
+// children. The last of a sequence's blocks then picks the path.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
 #include "cuda/row_sampling.cuh"
@@ -13,8 +13,8 @@ constexpr float kRefused = -INFINITY;  // as ln P of a child: not accepted
 
 // What the blocks leave for the last one.
 struct Said {
-  int32_t* token;    // [batch, n]: what the model says after each node
-  float* child_logp; // [batch, n]: ln P of the node's token at its parent, or kRefused
+  int32_t* token;     // [batch, n]: what the model says after each node
+  float* child_logp;  // [batch, n]: ln P of the node's token at its parent, or kRefused
 };
 
 struct Shared {
@@ -54,25 +54,28 @@ __device__ void judge_children(const VerifyTreeParams& p, const Row<T, N>& row, 
 
 // The last block of sequence b: which path, and the token after it.
 __device__ void choose_path(const VerifyTreeParams& p, int b, VerifyMode mode, Shared& s, Said said) {
-  const int node = threadIdx.x;
-  if (node < p.n) {
+  const auto each_node = [&](auto f) {
+    for (int node = threadIdx.x; node < p.n; node += kRowThreads) f(node);
+    __syncthreads();
+  };
+  each_node([&](int node) {
     s.said[node] = load_l2(said.token + node);
     s.logp[node] = mode == VerifyMode::typical && node ? load_l2(said.child_logp + node) : 0.0f;
-  }
-  for (int i = threadIdx.x; i <= p.max_depth; i += kRowThreads) p.accepted_nodes[b * (p.max_depth + int64_t{1}) + i] = -1;
-  __syncthreads();
-  if (node < p.n) {
+  });
+  int32_t* path = p.accepted_nodes + b * (p.max_depth + int64_t{1});
+  for (int i = threadIdx.x; i <= p.max_depth; i += kRowThreads) path[i] = -1;
+  each_node([&](int node) {
     const int parent = s.parents[node];
-    bool accepted = node == 0 || (mode == VerifyMode::typical ? s.logp[node] != kRefused : s.tokens[node] == s.said[parent]);
+    bool accepted =
+        node == 0 || (mode == VerifyMode::typical ? s.logp[node] != kRefused : s.tokens[node] == s.said[parent]);
     if (mode == VerifyMode::lossless && accepted) {  // of siblings with the same token the first is meant
       for (int other = parent + 1; other < node; ++other) {
         if (s.parents[other] == parent && s.tokens[other] == s.tokens[node]) accepted = false;
       }
     }
     s.accepted[node] = accepted;
-  }
-  __syncthreads();
-  if (node < p.n) {
+  });
+  each_node([&](int node) {
     int depth = 0;
     double total = 0;  // of few terms: exact enough that equal paths tie
     for (int at = node; at > 0; at = s.parents[at], ++depth) {
@@ -84,8 +87,7 @@ __device__ void choose_path(const VerifyTreeParams& p, int b, VerifyMode mode, S
     }
     s.depth[node] = depth;
     s.total[node] = total;
-  }
-  __syncthreads();
+  });
   if (threadIdx.x >= 32) return;
 
   int best = 0;  // the root is always there
@@ -101,7 +103,6 @@ __device__ void choose_path(const VerifyTreeParams& p, int b, VerifyMode mode, S
   if (threadIdx.x == 0) {
     p.accept_length[b] = s.depth[best];
     p.next_token[b] = s.said[best];
-    int32_t* path = p.accepted_nodes + b * (p.max_depth + int64_t{1});
     for (int at = best, depth = s.depth[best]; depth >= 0; at = s.parents[at], --depth) path[depth] = at;
   }
 }
@@ -113,9 +114,9 @@ __global__ void __launch_bounds__(kRowThreads) verify_tree_kernel(VerifyTreePara
   const VerifyMode mode = mode_of(p, b);
   said.token += static_cast<int64_t>(b) * p.n;
   said.child_logp += static_cast<int64_t>(b) * p.n;
-  if (threadIdx.x < p.n) {
-    s.parents[threadIdx.x] = p.parents[b * p.parents_batch_stride + threadIdx.x];
-    s.tokens[threadIdx.x] = p.tree_tokens[static_cast<int64_t>(b) * p.n + threadIdx.x];
+  for (int i = threadIdx.x; i < p.n; i += kRowThreads) {
+    s.parents[i] = p.parents[b * p.parents_batch_stride + i];
+    s.tokens[i] = p.tree_tokens[static_cast<int64_t>(b) * p.n + i];
   }
   const T* logits = static_cast<const T*>(p.logits) + b * p.logits_batch_stride + node * p.logits_row_stride;
   Row<T, N> row = {logits, p.vocab, s.row, 0, mode == VerifyMode::greedy ? 1.0f : p.temperature[b]};
@@ -143,11 +144,10 @@ int verify_tree(const VerifyTreeParams& p, Workspace workspace, uintptr_t stream
   const Said said = {tokens, reinterpret_cast<float*>(tokens + nodes)};
   return with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
-    const bool aligned =
-        multiple_of_16({p.logits}, {p.logits_batch_stride, p.logits_row_stride, p.vocab}, sizeof(T));
+    const bool aligned = multiple_of_16({p.logits}, {p.logits_batch_stride, p.logits_row_stride, p.vocab}, sizeof(T));
     return with_width<T>(aligned, [&](auto n) {
-      return launch(verify_tree_kernel<T, n()>, static_cast<unsigned>(nodes), kRowThreads, sizeof(Shared), stream, p, said,
-                    workspace.counters);
+      return launch(verify_tree_kernel<T, n()>, static_cast<unsigned>(nodes), kRowThreads, sizeof(Shared), stream, p,
+                    said, workspace.counters);
     });
   });
 }

@@ -56,18 +56,19 @@ def with_workspace(op: str, arguments: Callable[..., tuple], library: object = N
     return cuda_arguments
 
 
-# Kernels leave their counters at 0, so one stream's launches, which follow one another, share them.
-_COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
+# Kernels leave their counters at 0, so one stream's launches, which follow one another, share the last of its tensors.
+# Those it outgrew stay: a captured graph may hold their address.
+_COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    kept = _COUNTERS.get(key)
-    if kept is None or kept.numel() < count:
-        kept = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
-        # Under capture the zeros are written when the graph is replayed, not now: they are this launch's alone.
-        if not torch.cuda.is_current_stream_capturing():
-            _COUNTERS[key] = kept
-    return kept
+    kept = _COUNTERS.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
+    if kept and kept[-1].numel() >= count:
+        return kept[-1]
+    fresh = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    # Under capture the zeros are written when the graph is replayed, not now: they are this launch's alone.
+    if not torch.cuda.is_current_stream_capturing():
+        kept.append(fresh)
+    return fresh

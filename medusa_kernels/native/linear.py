@@ -1,7 +1,7 @@
-import torch
 from torch import Tensor
 
 from . import DTYPE, PACKED, address, weight
+from .memory import huge_empty
 
 
 def arguments(x: Tensor, w, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> tuple:
@@ -22,7 +22,6 @@ def pack(value: Tensor, dtype: str) -> Tensor:
 
     matrices = value.contiguous().view(-1, *value.shape[-2:])
     size = _C.cpu.packed_bytes(*matrices.shape, PACKED[dtype])
-    data = torch.empty(size + 63, dtype=torch.uint8)
-    data = data[-data.data_ptr() % 64 :][:size]
+    data = huge_empty(size)
     _C.cpu.pack(matrices.data_ptr(), data.data_ptr(), *matrices.shape, DTYPE[value.dtype], PACKED[dtype])
     return data

@@ -12,21 +12,30 @@ import click
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-class _ExamplesLast(click.Command):
-    """A command whose help ends with its example, kept as it is written."""
-
-    def __init__(self, *args, example: str, **kwargs):
-        super().__init__(*args, epilog=f"\b\nExample:\n  {example}", **kwargs)
+def _example(text: str) -> str:
+    """The end of a help page: an example, kept as it is written."""
+    return f"\b\nExample:\n  {text}"
 
 
 def _command(group: click.Group, example: str, name: str | None = None):
-    return functools.partial(group.command, name, cls=_ExamplesLast, example=example)()
+    return group.command(name, epilog=_example(example))
 
 
-@click.group(context_settings=_CONTEXT)
+def _help_without_verb(context: click.Context) -> None:
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@click.group(
+    context_settings=_CONTEXT,
+    invoke_without_command=True,
+    epilog=_example('medusa generate "Why is the sky blue?" --compare'),
+)
 @click.version_option(package_name="medusa-kernels")
-def cli() -> None:
+@click.pass_context
+def cli(context) -> None:
     """Medusa decoding: several tokens a step, the same text."""
+    _help_without_verb(context)
 
 
 def _model_options(command):
@@ -162,7 +171,7 @@ def _as_dict(output) -> dict:
 @click.option(
     "--prompts", default="chat", show_default=True, help="'chat', 'humaneval', or a text file with one a line."
 )
-@click.option("--limit", type=int, help="Use the first LIMIT prompts only.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT prompts only.")
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append the results row to this JSONL file."
@@ -217,9 +226,11 @@ def train(folder, as_json, **options) -> None:
         click.echo(f"heads written to {summary['heads']}")
 
 
-@cli.group()
-def tree() -> None:
+@cli.group(invoke_without_command=True, epilog=_example("medusa tree show 4x3x2"))
+@click.pass_context
+def tree(context) -> None:
     """Speculation trees."""
+    _help_without_verb(context)
 
 
 @_command(tree, "medusa tree show 4x3x2")
@@ -247,9 +258,11 @@ def list_trees(as_json) -> None:
     click.echo(json.dumps(Tree.names()) if as_json else "\n".join(Tree.names()))
 
 
-@cli.group()
-def models() -> None:
+@cli.group(invoke_without_command=True, epilog=_example("medusa models fetch"))
+@click.pass_context
+def models(context) -> None:
     """Models in the cache."""
+    _help_without_verb(context)
 
 
 @_command(models, "medusa models fetch")
@@ -278,7 +291,7 @@ def list_cached(as_json) -> None:
 def main() -> None:
     """Exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
     try:
-        code = cli(standalone_mode=False)
+        code = cli(prog_name="medusa", standalone_mode=False)
     except click.exceptions.Abort:
         code = _fail("interrupted", 130)
     except click.ClickException as error:

@@ -38,9 +38,10 @@ def shard_paths(folder: str | os.PathLike) -> list[Path]:
 
 
 def write_shard(path: Path, conversations: list[Conversation]) -> None:
-    """Writes atomically: an interrupted run leaves whole shards only."""
+    """Writes atomically: an interrupted run leaves whole shards only. Raises OSError if the disk does not take it."""
+    ids = torch.cat([c.ids for c in conversations])
     tensors = {
-        "ids": torch.cat([c.ids for c in conversations]).int(),
+        "ids": ids.to(torch.uint16 if int(ids.max()) < 2**16 else torch.int32),
         "lengths": torch.tensor([len(c.ids) for c in conversations], dtype=torch.int32),
         "answer_starts": torch.tensor([c.answer_start for c in conversations], dtype=torch.int32),
     }
@@ -51,6 +52,8 @@ def write_shard(path: Path, conversations: list[Conversation]) -> None:
     try:
         save_file(tensors, partial)
         os.replace(partial, path)
+    except SafetensorError as error:  # it hides the operating system's error
+        raise OSError(f"cannot write {path}: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -71,11 +74,12 @@ def read_shard(path: str | os.PathLike) -> Iterator[Conversation]:
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a shard of conversations: {error}") from None
+    ids = tensors["ids"].int()
     at_token = at_row = 0
     for length, start in zip(tensors["lengths"].tolist(), tensors["answer_starts"].tolist(), strict=True):
         hidden = None
         if "hidden" in tensors:
             hidden = tensors["hidden"][at_row : at_row + length - start]
-        yield Conversation(tensors["ids"][at_token : at_token + length], start, hidden)
+        yield Conversation(ids[at_token : at_token + length], start, hidden)
         at_token += length
         at_row += length - start

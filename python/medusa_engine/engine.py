@@ -216,8 +216,8 @@ class Medusa:
             )
         if medusa and self._drafter is None:
             raise ValueError("this model has no Medusa heads: pass heads=... to from_pretrained, or medusa=False here")
-        stop = [stop] if isinstance(stop, str) else list(stop or ())
-        if not all(isinstance(s, str) and s for s in stop):
+        stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be a non-empty string or several, not {stop!r}")
         acceptance = options.acceptance(len(ids), self.model.device)
         eos = () if ignore_eos else self._eos
@@ -247,7 +247,7 @@ class Medusa:
 
     def _encode(self, prompts, chat: bool) -> tuple[bool, list[list[int]]]:
         """Whether there are many prompts, and the token ids of each."""
-        if not isinstance(prompts, Sequence):
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
             raise TypeError(
                 f"prompts must be a str, a list of token ids, or a list of those, not {type(prompts).__name__}"
             )
@@ -284,10 +284,15 @@ def _device(device: str | torch.device | None, backend: str) -> torch.device:
     if device is None:
         wants_gpu = backend in ("cuda", "triton") or (backend == "auto" and torch.cuda.is_available())
         return torch.device("cuda" if wants_gpu else "cpu")
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or CUDA device, not {device}")
-    return device
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or CUDA device, not {str(device)!r}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} cannot be used: PyTorch finds no CUDA device here")
+    return found
 
 
 def _dtype(dtype: str | None, device: torch.device) -> str:

@@ -32,14 +32,7 @@ class SamplingOptions:
             ValueError: a value is out of range, there is not one per sequence, or a greedy sequence has a temperature,
                 top_p or top_k that greedy decoding would silently ignore.
         """
-        modes = [self.mode] * batch if isinstance(self.mode, str) else list(self.mode)
-        for name, default in DEFAULTS.items():
-            value = getattr(self, name)
-            values = list(value) if isinstance(value, Sequence) else [value] * batch
-            for mode, given in zip(modes, values, strict=False):
-                if mode == "greedy" and given != default:
-                    raise ValueError(f"{name}={given} has no effect with mode='greedy'; use mode='lossless' to sample")
-        return acceptance(
+        result = acceptance(
             batch,
             device,
             mode=self.mode,
@@ -50,6 +43,14 @@ class SamplingOptions:
             posterior_alpha=self.posterior_alpha,
             seed=self._seeds(batch),
         )
+        modes = [self.mode] * batch if isinstance(self.mode, str) else self.mode
+        for name, default in DEFAULTS.items():
+            value = getattr(self, name)
+            values = value if isinstance(value, Sequence) else [value] * batch
+            for mode, given in zip(modes, values, strict=True):
+                if mode == "greedy" and given != default:
+                    raise ValueError(f"{name}={given} has no effect with mode='greedy'; use mode='lossless' to sample")
+        return result
 
     def _seeds(self, batch: int) -> torch.Tensor:
         seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed] * batch

@@ -261,7 +261,8 @@ class Trainer:
         }
         partial = self.folder / "state.pt.partial"
         try:
-            torch.save(state, partial)
+            with open(partial, "wb") as file:  # by path, torch would hide the operating system's error
+                torch.save(state, file)
             os.replace(partial, self.folder / "state.pt")
         finally:
             partial.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 #include "cuda_emu.h"
-#include "cuda/ops.h"
 
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+
+#include "cuda/ops.h"
 
 namespace emu {
 namespace {

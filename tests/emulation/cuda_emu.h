@@ -1,9 +1,10 @@
 // CUDA on the CPU: the second implementation of csrc/cuda/ptx.cuh, so that a kernel's body compiles unchanged with g++.
 //
-// One fiber per CUDA thread, blocks one after another. It is stricter than a GPU where that finds faults: a barrier or warp
-// collective that not every thread reaches is an error; shared memory starts as NaN in every block and must not be overrun;
-// cp.async copies nothing before it is waited for, and until then its target reads as NaN. MEDUSA_EMULATE_REVERSED runs
-// threads and blocks in falling order, so that a missing barrier shows in one of the two orders.
+// One fiber per CUDA thread, blocks one after another. It is stricter than a GPU where that finds faults: a barrier or
+// warp collective that not every thread reaches is an error; shared memory starts as NaN in every block and must not be
+// overrun; cp.async copies nothing before it is waited for, and until then its target reads as NaN.
+// MEDUSA_EMULATE_REVERSED runs threads and blocks in falling order, so that a missing barrier shows in one of the two
+// orders.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -92,7 +93,7 @@ using std::min;
 
 inline void __syncthreads() { emu::block_barrier(); }
 inline void __syncwarp() {
-  emu::warp_collective([](void* const (&)[emu::kWarp]) {}, nullptr);
+  emu::warp_collective([](void* const(&)[emu::kWarp]) {}, nullptr);
 }
 inline void __threadfence() {}
 
@@ -225,6 +226,8 @@ inline uint4 load_streaming(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) throw std::runtime_error("emulation: unaligned 16-byte load");
   return *static_cast<const uint4*>(p);
 }
+
+inline uint4 load_cached(const void* p) { return load_streaming(p); }
 
 template <class T>
 T load_l2(const T* p) {

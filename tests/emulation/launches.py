@@ -15,9 +15,13 @@ def launch(op: str, *tensors) -> None:
     native = importlib.import_module(f"medusa_kernels.native.{op}")
     emulated = build.module().cuda
     arguments = native.arguments
-    if hasattr(emulated, f"{op}_workspace"):
+    needs_workspace = hasattr(emulated, f"{op}_workspace")
+    if needs_workspace:
         arguments = with_workspace(op, arguments, emulated)
-    getattr(emulated, op)(*arguments(*tensors), 0)
+    given = arguments(*tensors)
+    getattr(emulated, op)(*given, 0)
+    if needs_workspace:
+        assert not given[-1].tensor.any(), f"{op} left a counter above 0: the next launch would go wrong"
 
 
 LAUNCHES = {op: functools.partial(launch, op) for op in OPS if hasattr(build.module().cuda, op)}

@@ -1,4 +1,4 @@
-"""What the op matrix leaves out: tensor-core shapes, splits combined by the last block, and threads in falling order."""
+"""What the op matrix leaves out: tensor-core shapes, splits that the last block combines, threads in falling order."""
 
 from __future__ import annotations
 

@@ -218,6 +218,20 @@ def test_a_full_cache_is_never_left(tree):
     assert tokens[:20] == expected[0]
 
 
+def test_a_retired_sequence_stands_still():
+    decoder = Decoder(engine().model, engine()._drafter, Tree.named("chain-3"), batch=2, max_seqlen=80)
+    decoder.start([PROMPTS[0], PROMPTS[2]], None)
+    decoder.step()
+    decoder.retire(0)
+    for _ in range(6):
+        before = decoder.cache.seqlens.tolist()
+        decoder.step()
+        assert decoder.cache.seqlens.tolist() == [0, before[1] + decoder.accept_length[1] + 1]
+    decoder.start([PROMPTS[0], PROMPTS[2]], None)  # and is there again
+    assert decoder.cache.seqlens.tolist() == [len(PROMPTS[0]), len(PROMPTS[2])]
+    assert decoder.active.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_an_ended_sequence_never_leaves_its_rows(order, monkeypatch):
     """One sequence overshoots the end of its rows while its neighbour goes on for long: the neighbour's rows stay."""

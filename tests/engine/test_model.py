@@ -184,6 +184,7 @@ def test_dynamic_rope_forgets_the_last_prompt():
     engine = fresh()
     assert [engine.generate(p, 20, medusa=False).token_ids for p in prompts] == alone
     assert engine.generate(prompts, 20, medusa=False).token_ids == alone
+    assert len(engine.model._tables) == 2  # decoding's, and the last prompt's
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])

@@ -1,0 +1,54 @@
+// linear for few rows: a block takes 16 features; its eight warps share their sums, so that even a small matrix fills
+// the chip.
+#include "cuda/few_rows.cuh"
+#include "cuda/ops.h"
+
+namespace medusa::cuda {
+namespace {
+
+template <class Tile, class Out>
+__global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
+    linear_kernel(LinearParams p, Weight<typename Tile::W> weight, Rows<typename Tile::X> x) {
+  auto& s = shared_memory<typename Tile::Shared>();
+  const int feature = blockIdx.x * Tile::kFeatures, row = blockIdx.y * Tile::kRows;
+  Tile::multiply(weight, feature, x, row, s);
+  for (int i = threadIdx.x; i < Tile::kFeatures * Tile::kRows; i += kFewRowsThreads) {
+    const int f = feature + i % Tile::kFeatures, r = row + i / Tile::kFeatures;
+    if (f >= p.out_features || r >= p.rows) continue;
+    float value = Tile::result(s, i % Tile::kFeatures, i / Tile::kFeatures);
+    if (p.bias) value += load_any(p.bias, p.bias_dtype, f);
+    if (p.residual) value += to_float(static_cast<const Out*>(p.residual)[r * p.residual_row_stride + f]);
+    static_cast<Out*>(p.out)[r * p.out_row_stride + f] = from_float<Out>(value);
+  }
+}
+
+template <class Tile>
+int launch_tile(const LinearParams& p, uintptr_t stream) {
+  using X = typename Tile::X;
+  using W = typename Tile::W;
+  const Weight<W> weight = {static_cast<const W*>(p.weight), p.out_features, p.in_features};
+  const Rows<X> x = {static_cast<const X*>(p.x), 0, p.x_row_stride, p.rows, p.rows};
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.out_features, Tile::kFeatures)),
+                  static_cast<unsigned>(ceil_div(p.rows, Tile::kRows)));
+  return launch(linear_kernel<Tile, X>, grid, kFewRowsThreads, sizeof(typename Tile::Shared), stream, p, weight, x);
+}
+
+}  // namespace
+
+int linear(const LinearParams& p, uintptr_t stream) {
+  const DType weight_dtype = static_cast<DType>(p.weight_format);  // plain formats have the dtypes' numbers
+  const bool on_tensor_cores = p.dtype != DType::f32 && p.dtype == weight_dtype &&
+                               multiple_of_16({p.x, p.weight}, {p.x_row_stride, p.in_features}, 2);
+  if (on_tensor_cores) {
+    return with_half_type(p.dtype, [&](auto t) {
+      return with_tensor_core_tile<decltype(t), kFewRowsWarps>(
+          p.rows, [&](auto tile) { return launch_tile<typename decltype(tile)::type>(p, stream); });
+    });
+  }
+  return with_type(p.dtype, [&](auto x) {
+    return with_type(weight_dtype,
+                     [&](auto w) { return launch_tile<PlainTile<decltype(x), decltype(w), 32>>(p, stream); });
+  });
+}
+
+}  // namespace medusa::cuda
