@@ -33,6 +33,8 @@ class TrainOptions:
     epochs: int = 3
     batch: int = 512  # positions of a step, rounded up to whole conversations
     learning_rate: float = 1e-2
+    weight_decay: float = 0.0  # per step and unit of learning rate
+    soft_labels: float = 0.5  # share of the base's own distribution in the target, against the token it chose
     head_decay: float = 0.8  # head h's loss counts head_decay ** h, as in the paper
     seed: int = 0
 
@@ -64,11 +66,11 @@ class Heads(torch.nn.Module):
 class Optimizer:
     """Muon for the blocks' matrices, Adam for their biases: Muon needs a third of Adam's steps here."""
 
-    def __init__(self, module: Heads, learning_rate: float):
+    def __init__(self, module: Heads, learning_rate: float, weight_decay: float):
         matrices = [p for p in module.parameters() if p.ndim == 2]
         biases = [p for p in module.parameters() if p.ndim == 1]
         self._parts = [
-            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.0),
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay),
             torch.optim.Adam(biases, lr=0.1 * learning_rate, betas=(0.9, 0.95)),
         ]
         self._peaks = [group["lr"] for part in self._parts for group in part.param_groups]
@@ -95,13 +97,14 @@ class Batch:
     """Whole conversations, one after another.
 
     Attributes:
-        hidden: (positions, hidden_size).
-        labels: (heads, positions) draft ids that head h should guess there; -1 past the answer's end or outside the
-            draft vocabulary.
+        hidden: (positions, hidden_size), each row with the token it chose:
+        labels: (positions,) draft ids, -1 outside the draft vocabulary. What head h should guess at row j is label
+            j + h + 1, if `inside` (heads, positions) says that this row is of the same conversation.
     """
 
     hidden: Tensor
     labels: Tensor
+    inside: Tensor
 
 
 class Trainer:
@@ -132,7 +135,7 @@ class Trainer:
         self._draft_id[self.token_map.long()] = torch.arange(len(self.token_map))
         self._lm_head = lm_head[self.token_map.long()].to(device, self.compute_dtype)
         self.module = Heads(options.heads, options.layers, lm_head.shape[1]).to(device)
-        self._optimizer = Optimizer(self.module, options.learning_rate)
+        self._optimizer = Optimizer(self.module, options.learning_rate, options.weight_decay)
         self.positions = sum(len(c.answer) for c in train)
         self.step = 0
         self.total_steps = sum(1 for epoch in range(options.epochs) for _ in self._groups(epoch))
@@ -175,7 +178,8 @@ class Trainer:
         """
         batch = self._batch([conversation])
         rows = []
-        for head, labels in enumerate(batch.labels):
+        for head in range(self.options.heads):
+            labels = torch.where(batch.inside[head], batch.labels.roll(-head - 1), -1)
             logits = (self.module(batch.hidden, head).to(self.compute_dtype) @ self._lm_head.T).float()
             right = logits.gather(1, labels.clamp(min=0)[:, None])
             rank = (logits > right).sum(dim=1).clamp(max=RANKS)
@@ -194,31 +198,39 @@ class Trainer:
         return (counts[:, :RANKS] / positions.clamp(min=1)[:, None]).tolist()
 
     def _loss_and_gradients(self, batch: Batch) -> float:
-        """Sum over the heads of head_decay ** h times the mean cross-entropy; gradients are left in the module."""
-        total = 0.0
-        for head, labels in enumerate(batch.labels):
-            x = self.module(batch.hidden, head)
-            loss, gradient = self._cross_entropy(x.detach(), labels)
-            decay = self.options.head_decay**head
-            x.backward(gradient.mul_(decay))
-            total += decay * loss
-        return total
+        """Sum over the heads of head_decay ** h times the mean loss; gradients are left in the module."""
+        guesses = [self.module(batch.hidden, head) for head in range(self.options.heads)]
+        losses, gradients = self._losses(batch, [x.detach() for x in guesses])
+        decays = [self.options.head_decay**head for head in range(self.options.heads)]
+        torch.autograd.backward(guesses, [g.mul_(d) for g, d in zip(gradients, decays, strict=True)])
+        return sum(loss * decay for loss, decay in zip(losses, decays, strict=True))
 
     @torch.no_grad()
-    def _cross_entropy(self, x: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-        """Mean cross-entropy over the labelled rows and its gradient for x, in slices whose logits fit a cache."""
-        gradient = torch.zeros_like(x)
-        rows = (labels >= 0).nonzero()[:, 0]
-        loss = 0.0
-        for part in rows.split(512):
-            logits = (x[part].to(self.compute_dtype) @ self._lm_head.T).float()
-            logp = logits.log_softmax(dim=1)
-            target = labels[part, None]
-            loss -= float(logp.gather(1, target).sum())
-            slope = logp.exp_()
-            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
-            gradient[part] = (slope.to(self.compute_dtype) @ self._lm_head).to(gradient.dtype)
-        return loss / max(1, len(rows)), gradient.div_(max(1, len(rows)))
+    def _losses(self, batch: Batch, guesses: list[Tensor]) -> tuple[list[float], list[Tensor]]:
+        """Each head's mean loss, and its gradient for the head's rows, in slices whose logits fit a cache.
+
+        The target of head h at a row is a mixture: the token that the base chose h + 1 rows further on, and, with
+        weight `soft_labels`, the distribution it chose it from. Tokens outside the draft vocabulary leave the
+        distribution alone.
+        """
+        soft = self.options.soft_labels
+        losses, gradients = [0.0] * len(guesses), [torch.zeros_like(x) for x in guesses]
+        counts = batch.inside.sum(dim=1).clamp(min=1).tolist()
+        hidden = batch.hidden.to(self.compute_dtype)
+        for part in torch.arange(len(hidden), device=self.device).split(512):
+            target = (hidden[part] @ self._lm_head.T).float().softmax(dim=1).mul_(soft)
+            chosen = batch.labels[part]
+            known = (chosen >= 0).nonzero()[:, 0]
+            target[known, chosen[known]] += 1 - soft
+            mass = target.sum(dim=1, keepdim=True)
+            for head, x in enumerate(guesses):
+                use = (part > head) & batch.inside[head].roll(head + 1)[part]
+                rows, wanted = part[use] - head - 1, target[use]
+                logp = (x[rows].to(self.compute_dtype) @ self._lm_head.T).float().log_softmax(dim=1)
+                losses[head] -= float((wanted * logp).sum()) / counts[head]
+                slope = logp.exp_().mul_(mass[use]).sub_(wanted).div_(counts[head])
+                gradients[head][rows] = (slope.to(self.compute_dtype) @ self._lm_head).to(x.dtype)
+        return losses, gradients
 
     def _groups(self, epoch: int) -> Iterator[list[int]]:
         """Conversations of each step of an epoch, in an order that seed and epoch decide."""
@@ -243,13 +255,12 @@ class Trainer:
                 step += 1
 
     def _batch(self, conversations: list[Conversation]) -> Batch:
-        labels = []
-        for conversation in conversations:
-            ids = self._draft_id[conversation.answer.long()]
-            shifted = [F.pad(ids[h + 1 :], (0, min(h + 1, len(ids))), value=-1) for h in range(self.options.heads)]
-            labels.append(torch.stack(shifted))
+        labels = torch.cat([self._draft_id[c.answer.long()] for c in conversations])
+        # How many rows of the same conversation follow each row.
+        left = torch.cat([torch.arange(len(c.answer) - 1, -1, -1) for c in conversations])
+        inside = torch.stack([left > head for head in range(self.options.heads)])
         hidden = torch.cat([c.hidden for c in conversations]).to(self.device, torch.float32)
-        return Batch(hidden, torch.cat(labels, dim=1).to(self.device))
+        return Batch(hidden, labels.to(self.device), inside.to(self.device))
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
