@@ -1,4 +1,5 @@
-// Picks the instruction set once, at the first launch: the best that the processor has, or the one that MEDUSA_ISA names.
+// Picks the instruction set once, at the first launch: the best that the processor has, or the one that MEDUSA_ISA
+// names.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -26,11 +27,9 @@ struct Kernels {
   decltype(&portable::pack) pack;
 };
 
-#define MEDUSA_KERNELS(isa, supported)                                                                             \
-  {                                                                                                                \
-    #isa, supported, isa::tree_attention, isa::rotary_append, isa::rms_norm, isa::silu_mul, isa::linear,           \
-        isa::draft_heads, isa::verify_tree, isa::compact_kv, isa::packed_bytes, isa::pack                          \
-  }
+#define MEDUSA_KERNELS(isa, supported)                                                                       \
+  {#isa,        supported,        isa::tree_attention, isa::rotary_append, isa::rms_norm,     isa::silu_mul, \
+   isa::linear, isa::draft_heads, isa::verify_tree,    isa::compact_kv,    isa::packed_bytes, isa::pack}
 
 #ifdef MEDUSA_X86
 bool has_avx512() {

@@ -7,10 +7,11 @@
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
-constexpr int kStrips = 16 / kWidth;       // a strip: the columns of a vector and those 16 further on
+constexpr int kStrips = 16 / kWidth;  // a strip: the columns of a vector and those 16 further on
 // What a pass over a tile prefetches. With few rows a pass waits for memory, which the processor's own prefetcher feeds
 // best; with many it computes, and far lines arrive meanwhile. Zen 4, GB/s of a core at 1, 4 and 8 rows of bf16: none
-// 28, 20, 11; near 27, 23, 13; far 21, 23, 14. int8: none 28, 27, 15.5; far 21, 20, 16.5, and at 16 rows 8.0 against 9.1.
+// 28, 20, 11; near 27, 23, 13; far 21, 23, 14. int8: none 28, 27, 15.5; far 21, 20, 16.5, and at 16 rows 8.0
+// against 9.1.
 enum class Fetch { none, near, far };
 constexpr int kNear = 4 * 1024, kFar = 128 * 1024;  // bytes ahead, into the first and the second cache
 constexpr int kLine = 64;
@@ -62,7 +63,7 @@ void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, 
   for (; i + 4 <= k; i += 4) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) step(w + (i + u) * kTile, x + i + u);
-    fetch_ahead<fetch, 4 * kTile * static_cast<int>(sizeof(W))>(w + i * kTile);
+    fetch_ahead<fetch, 4 * kTile* static_cast<int>(sizeof(W))>(w + i * kTile);
   }
   for (; i < k; ++i) step(w + i * kTile, x + i);
   for (int r = 0; r < R; ++r) {
@@ -262,9 +263,8 @@ Rows make_rows(const void* x, DType dtype, int64_t row_stride, int rows, int k, 
     const float* row = static_cast<const float*>(x) + r * row_stride;
     if (dtype != DType::f32) {
       float* target = wide + r * groups * kGroup;
-      for_vectors(k, [&](int i, int lanes) {
-        store_part(target + i, load_part(x, dtype, r * row_stride + i, lanes), lanes);
-      });
+      for_vectors(
+          k, [&](int i, int lanes) { store_part(target + i, load_part(x, dtype, r * row_stride + i, lanes), lanes); });
       row = target;
     }
     if (quantised) {

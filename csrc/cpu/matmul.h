@@ -10,16 +10,16 @@
 
 namespace medusa::cpu::MEDUSA_ISA {
 
-constexpr int kTile = 32;    // columns
-constexpr int kGroup = 64;   // k per scale of an int8 activation
+constexpr int kTile = 32;   // columns
+constexpr int kGroup = 64;  // k per scale of an int8 activation
 
 // The left operand as the kernels read it. Floats, or for int8 weights bytes with a scale per row and group.
 struct Rows {
-  const float* x;         // [rows, k], row_stride apart
-  const int8_t* q;        // [rows, k rounded up to kGroup]
-  const float* scales;    // [rows, groups]
-  const int32_t* offsets; // [rows, groups]: -128 times the sum of the group's bytes
-  int64_t row_stride;     // of x
+  const float* x;          // [rows, k], row_stride apart
+  const int8_t* q;         // [rows, k rounded up to kGroup]
+  const float* scales;     // [rows, groups]
+  const int32_t* offsets;  // [rows, groups]: -128 times the sum of the group's bytes
+  int64_t row_stride;      // of x
   int rows, k;
 
   Rows part(int first, int count) const;

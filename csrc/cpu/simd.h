@@ -102,9 +102,7 @@ inline Vec load_part(const void* p, DType dtype, int64_t index, int count) {
   if (dtype == DType::bf16) return load_part(static_cast<const bf16*>(p) + index, count);
   return load_part(static_cast<const f16*>(p) + index, count);
 }
-inline float load_one(const void* p, DType dtype, int64_t index) {
-  return sum(load_part(p, dtype, index, 1));
-}
+inline float load_one(const void* p, DType dtype, int64_t index) { return sum(load_part(p, dtype, index, 1)); }
 inline void store_part(void* p, DType dtype, int64_t index, Vec a, int count) {
   if (dtype == DType::f32) return store_part(static_cast<float*>(p) + index, a, count);
   if (dtype == DType::bf16) return store_part(static_cast<bf16*>(p) + index, a, count);

@@ -15,9 +15,7 @@ inline Vec load(const bf16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-inline Vec load(const f16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+inline Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, Vec a) {
@@ -102,7 +100,5 @@ struct Bytes {
 // Weights lie as value + 128, for VNNI multiplies unsigned by signed bytes; `offset` is -128 times the sum of the x.
 inline IntVec dot_start(int32_t offset) { return {_mm512_set1_epi32(offset)}; }
 inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline IntVec dot4(IntVec sum, Bytes w, int32_t x4) {
-  return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(x4))};
-}
+inline IntVec dot4(IntVec sum, Bytes w, int32_t x4) { return {_mm512_dpbusd_epi32(sum.v, w.v, _mm512_set1_epi32(x4))}; }
 inline Vec to_float(IntVec a) { return {_mm512_cvtepi32_ps(a.v)}; }

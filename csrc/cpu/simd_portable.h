@@ -94,8 +94,8 @@ inline Vec scale_by_power(Vec a, Vec n) {
   float powers[2][4];
   for (int i = 0; i < 4; ++i) {
     const int power = n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0, first = power >> 1;
-    const uint32_t exponents[2] = {static_cast<uint32_t>(first + 127) << 23,
-                                   static_cast<uint32_t>(power - first + 127) << 23};
+    const uint32_t exponents[2] = {static_cast<uint32_t>(first + 127) << 23, static_cast<uint32_t>(power - first + 127)
+                                                                                 << 23};
     memcpy(&powers[0][i], &exponents[0], 4);
     memcpy(&powers[1][i], &exponents[1], 4);
   }
@@ -161,6 +161,4 @@ inline IntVec dot4(IntVec sum, Bytes w, int32_t x4) {
   }
   return sum;
 }
-inline Vec to_float(IntVec a) {
-  return {__builtin_convertvector(a.v, Floats)};
-}
+inline Vec to_float(IntVec a) { return {__builtin_convertvector(a.v, Floats)}; }

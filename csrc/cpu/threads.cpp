@@ -16,9 +16,9 @@
 namespace medusa::cpu {
 namespace {
 
-constexpr double kWorthSharing = 4000;                    // nanoseconds: below, waking a thread costs more than it saves
-constexpr auto kSpin = std::chrono::microseconds(30);     // how long a thread without work stays awake
-constexpr int kMaxPieces = (1 << 20) - 1;                 // what a run's fields hold
+constexpr double kWorthSharing = 4000;                 // nanoseconds: below, waking a thread costs more than it saves
+constexpr auto kSpin = std::chrono::microseconds(30);  // how long a thread without work stays awake
+constexpr int kMaxPieces = (1 << 20) - 1;              // what a run's fields hold
 constexpr int kMaxThreads = 256;
 
 inline void pause() {
@@ -170,7 +170,8 @@ std::mutex pool_mutex;
 std::atomic<Pool*> pool{nullptr};  // never destroyed: another thread may be about to use it
 std::atomic<int> threads_wanted{0};
 
-// The child of a fork has none of its parent's threads: it leaves that pool behind and starts its own when it needs one.
+// The child of a fork has none of its parent's threads: it leaves that pool behind and starts its own when it needs
+// one.
 void forget_pool() {
   pool.store(nullptr, std::memory_order_relaxed);
   new (&pool_mutex) std::mutex;
@@ -203,7 +204,9 @@ int num_threads() {
 
 void set_num_threads(int threads) {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  threads_wanted.store(threads < 1 ? wanted_threads() : threads < kMaxThreads ? threads : kMaxThreads,
+  threads_wanted.store(threads < 1             ? wanted_threads()
+                       : threads < kMaxThreads ? threads
+                                               : kMaxThreads,
                        std::memory_order_relaxed);
   if (Pool* old = pool.exchange(nullptr)) old->stop();
 }

@@ -12,8 +12,8 @@ using Body = void (*)(const void* context, int piece);
 // about the number of nanoseconds that one thread would need: little work stays on the calling thread.
 void run_pieces(int pieces, double work, Body body, const void* context);
 
-// At least `bytes` of this thread's own memory, 64-byte aligned, kept until the next call with the same purpose: an op's
-// buffers for all pieces, its left operand as make_rows made it, a piece's own buffers, a tile packed on the fly.
+// At least `bytes` of this thread's own memory, 64-byte aligned, kept until the next call with the same purpose: an
+// op's buffers for all pieces, its left operand as make_rows made it, a piece's own buffers, a tile packed on the fly.
 enum class Scratch { op, rows, piece, tile };
 void* scratch(Scratch purpose, size_t bytes);
 
@@ -24,8 +24,7 @@ namespace {
 
 template <class F>
 inline void parallel_for(int pieces, double work, const F& f) {
-  run_pieces(
-      pieces, work, [](const void* context, int piece) { (*static_cast<const F*>(context))(piece); }, &f);
+  run_pieces(pieces, work, [](const void* context, int piece) { (*static_cast<const F*>(context))(piece); }, &f);
 }
 
 template <class T>

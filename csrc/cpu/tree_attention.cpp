@@ -309,7 +309,8 @@ struct Task {
         store(out + d, fma(set(weight), load_part(partials[b].values + d, lanes), load(out + d)));
       });
     }
-    const int64_t target = ((static_cast<int64_t>(sequence) * p.n + node_of(row)) * p.heads + head_of(row)) * p.head_dim;
+    const int64_t target =
+        ((static_cast<int64_t>(sequence) * p.n + node_of(row)) * p.heads + head_of(row)) * p.head_dim;
     for_vectors(p.head_dim, [&](int d, int lanes) {
       store_part(p.out, p.q_dtype, target + d, load(out + d) * set(1.f / total), lanes);
     });

@@ -92,8 +92,8 @@ struct Sequence {
   int draw_after(int node, int depth) const {
     auto* memory = scratch_of<double>(Scratch::piece, 2048 + static_cast<size_t>(p.vocab));
     const auto counter = static_cast<uint64_t>(p.offset[b]) + static_cast<uint64_t>(depth) + 1;
-    return draw(row(node), p.dtype, p.vocab, p.temperature[b], p.top_p[b], p.top_k[b],
-                static_cast<uint64_t>(p.seed[b]), counter, memory);
+    return draw(row(node), p.dtype, p.vocab, p.temperature[b], p.top_p[b], p.top_k[b], static_cast<uint64_t>(p.seed[b]),
+                counter, memory);
   }
 
   void accept() const {
@@ -148,8 +148,7 @@ struct Sequence {
 void verify_tree(const VerifyTreeParams& p) {
   const int rows = p.batch * p.n;
   auto* judgements = scratch_of<Judgement>(Scratch::op, rows);
-  parallel_for(rows, 0.1 * rows * p.vocab,
-               [&](int row) { Sequence(p, row / p.n, judgements).judge(row % p.n); });
+  parallel_for(rows, 0.1 * rows * p.vocab, [&](int row) { Sequence(p, row / p.n, judgements).judge(row % p.n); });
   parallel_for(p.batch, p.mode ? 2.0 * p.batch * p.vocab : 0, [&](int b) { Sequence(p, b, judgements).accept(); });
 }
 
