@@ -1,4 +1,4 @@
-"""The CPU backend's promise: a row's result, bit for bit, does not depend on its neighbours, its place in the tree or the threads."""
+"""The CPU backend's promise: a row's bits do not depend on its neighbours, its place in the tree or the threads."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_packed_layout_is_the_same_for_every_isa(dtype):
 
 
 def test_int8_sums_are_those_of_integers(isa):
-    """Groups of 64 along k, quantised symmetrically; the sums inside a group are exact, so every ISA has the same ones."""
+    """Groups of 64 along k, quantised symmetrically; sums inside a group are exact, so every ISA has the same."""
     torch.manual_seed(0)
     rows, inputs, outputs, group = 3, 200, 40, 64
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
@@ -196,7 +196,7 @@ def test_tree_sampling_draws_what_plain_sampling_draws(isa):
     logits = torch.randn(1, 1, 3001, generator=generator) * 3
     root = torch.tensor([-1], dtype=torch.int32)
     for seed in range(20):
-        settings = dict(mode="lossless", temperature=0.8, top_p=0.95, top_k=300, seed=seed, backend="cpu")
+        settings = {"mode": "lossless", "temperature": 0.8, "top_p": 0.95, "top_k": 300, "seed": seed, "backend": "cpu"}
         plain = verify_tree(logits, torch.zeros(1, 1, dtype=torch.int32), root, **settings)[2]
         tree = Tree.named("chain-3")
         tokens = torch.full((1, 4), int(plain), dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The CPU backend's thread pool and its choice of an instruction set, each in a process of its own where it must start afresh."""
+"""The CPU backend's thread pool and instruction sets, in a process of their own where they must start afresh."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_environment_chooses_the_instruction_set():
 
 
 def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="neon.*portable"):
+    with pytest.raises(ValueError, match=r"neon.*portable"):
         _C.cpu.force_isa("neon")
     assert "mmx" in run("try: _C.cpu.isa()\nexcept ValueError as e: print(e)", MEDUSA_ISA="mmx")
 

@@ -1,4 +1,4 @@
-"""Memory in huge pages: a stream of weights through 4 KB pages loses a quarter of the bandwidth to address translation."""
+"""Memory in huge pages: through 4 KB pages a stream of weights loses a quarter of the bandwidth to translation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ _spare = torch.empty(0, dtype=torch.uint8)
 
 
 def huge_empty(size: int) -> Tensor:
-    """uint8 (size,), uninitialised, 64-byte aligned. Tensors made one after the other lie one behind the other in memory,
-    which is freed when the last tensor of a chunk is."""
+    """uint8 (size,), uninitialised, 64-byte aligned.
+
+    Tensors made one after the other lie one behind the other in memory, which is freed when the last of a chunk is.
+    """
     global _spare
     with _lock:
         if _spare.numel() < size:

@@ -1,4 +1,4 @@
-"""What the op matrix leaves out: candidates from many slices of the vocabulary, deep lists, and equal scores across slices."""
+"""What the op matrix leaves out: candidates from many slices of the vocabulary, deep lists, equal scores."""
 
 from __future__ import annotations
 

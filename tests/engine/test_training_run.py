@@ -45,10 +45,10 @@ def test_trained_heads_speed_up_their_model(tmp_path, data):
 
 def test_a_finished_run_is_not_trained_again(tmp_path, data):
     train(tmp_path, data)
-    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    log = tmp_path / "run" / "log.jsonl"
+    steps = [line for line in log.read_text().splitlines() if '"loss"' in line]
     train(tmp_path, data)
-    again = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert [line for line in again if "loss" in json.loads(line)] == [line for line in log if "loss" in json.loads(line)]
+    assert [line for line in log.read_text().splitlines() if '"loss"' in line] == steps
 
 
 def test_an_empty_data_folder_is_named(tmp_path):
