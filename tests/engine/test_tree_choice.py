@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from medusa_engine import Medusa
-from medusa_engine.heads_files import save_heads
+from medusa_engine.engine import DEFAULT_HEADS
+from medusa_engine.heads_files import load_heads, save_heads
 from medusa_engine.tree_choice import AUTO_NODES, choose_tree
 from medusa_kernels import Tree, named_trees
 from tests.engine.models import FOLDER, SPOKEN, counting_folder, counting_heads
@@ -130,3 +131,9 @@ def test_every_kind_of_tree_decodes_the_same_text(tree):
     assert out.token_ids == [(2 + i) % len(SPOKEN) for i in range(62)]
     assert out.stats.tokens_per_step == pytest.approx(engine.tree(1).max_depth + 1, rel=0.1)
     assert engine.tree(1).max_depth <= 4
+
+
+def test_named_smollm2_trees_are_those_of_the_shipped_heads():
+    paths = load_heads(DEFAULT_HEADS).metadata["paths"]
+    for nodes in (16, 32, 64):
+        assert Tree.named(f"smollm2-{nodes}") == Tree.from_choices(paths[: nodes - 1])
