@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/medusa models fetch
 	$(BIN)/medusa generate "Explain how a rainbow forms." --compare
 
-test: install-test
+test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
 install: $(VENV)/.installed
@@ -29,15 +29,13 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-.PHONY: install-test
-install-test: $(VENV)/.installed-test
-
-$(VENV)/.installed-test: $(VENV)/.installed
+# Serves `install` too, so that the kernels are compiled once.
+$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $@
+	touch $(VENV)/.installed $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 
 lint: $(VENV)/.installed-dev
