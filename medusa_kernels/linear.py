@@ -45,7 +45,9 @@ def pack_linear(weight: Tensor, dtype: str = "bfloat16") -> PackedLinear:
     Args:
         weight: (..., out_features, in_features) on the CPU, fp32, bf16 or fp16; leading dimensions make one matrix
         each.
-        dtype: "float32", "bfloat16" or "float16" (round to nearest even), or "int8" (see docs of the CPU backend).
+        dtype: "float32", "bfloat16" or "float16" (round to nearest even), or "int8": one scale per output row; the left
+            operand is then quantised too, one scale per row and group of 64 along in_features, with exact integer sums
+            inside a group and fp32 between groups.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or the compiled module is missing.

@@ -89,8 +89,9 @@ class Pool {
     for (std::thread& worker : workers_) worker.join();
   }
 
-  int threads() const { return threads_; }
   std::mutex& in_use() { return in_use_; }
+
+  Pool* older = nullptr;
 
   void run(int pieces, Body body, const void* context) {
     body_.store(body, std::memory_order_relaxed);
@@ -167,7 +168,9 @@ int wanted_threads() {
 }
 
 std::mutex pool_mutex;
-std::atomic<Pool*> pool{nullptr};  // never destroyed: another thread may be about to use it
+// Never destroyed, for another thread may be about to use it; those that set_num_threads stopped hang behind the last.
+std::atomic<Pool*> pool{nullptr};
+Pool* stopped = nullptr;
 std::atomic<int> threads_wanted{0};
 
 // The child of a fork has none of its parent's threads: it leaves that pool behind and starts its own when it needs
@@ -208,7 +211,11 @@ void set_num_threads(int threads) {
                        : threads < kMaxThreads ? threads
                                                : kMaxThreads,
                        std::memory_order_relaxed);
-  if (Pool* old = pool.exchange(nullptr)) old->stop();
+  if (Pool* old = pool.exchange(nullptr)) {
+    old->stop();
+    old->older = stopped;
+    stopped = old;
+  }
 }
 
 void run_pieces(int pieces, double work, Body body, const void* context) {

@@ -17,7 +17,7 @@ def arguments(x: Tensor, w, bias: Tensor | None, residual: Tensor | None, out: T
 
 
 def pack(value: Tensor, dtype: str) -> Tensor:
-    """(..., out_features, in_features) -> uint8, in the layout of csrc/cpu/linear.cpp."""
+    """(..., out_features, in_features) -> uint8, in the layout that csrc/cpu/matmul.h describes."""
     from medusa_kernels import _C
 
     matrices = value.contiguous().view(-1, *value.shape[-2:])

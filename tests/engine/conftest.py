@@ -237,7 +237,8 @@ def pieces(strings) -> tuple[list[str], list[float], list[int]]:
     model = json.loads(backend.to_str())["model"]
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     # As in real vocabularies, no piece is a part of a spelled-out byte token: transformers would merge on into it.
-    merged = [t for t in dict.fromkeys(map("".join, model["merges"])) if t not in special and "<0" not in t]
+    spelled = "".join(special)
+    merged = [t for t in dict.fromkeys(map("".join, model["merges"])) if t not in spelled]
     alphabet = [token for token in model["vocab"] if len(token) == 1]
     tokens = [*special, *merged, *alphabet]
     scores = [0.0] * len(special) + [-float(i) for i in range(len(merged))] + [-1e4 - i for i in range(len(alphabet))]
