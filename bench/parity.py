@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, load_prompts, where
+from medusa_engine.decode import Decoder
 from medusa_engine.default_model import default_model_path
+from medusa_kernels import Tree
 
 NEAR_TIE = 1e-3  # of a logit; fp32 sums of this model in another order differ by about 1e-4
 
@@ -83,7 +85,7 @@ def main() -> None:
 @torch.no_grad()
 def logit_error(engine: Medusa, oracle, ids: list[int]) -> float:
     """Largest |ours - theirs| over the prompt's last row, relative to their largest |logit|."""
-    decoder = engine._decoder(1, len(ids) + 1, medusa=False)
+    decoder = Decoder(engine.model, None, Tree.from_choices([]), batch=1, max_seqlen=len(ids) + 1)
     decoder.start([ids], None)
     decoder.step()
     expected = oracle(torch.tensor([ids + decoder.tree_tokens[0].tolist()])).logits[0, -1]

