@@ -13,7 +13,7 @@ from .draft import MedusaDrafter
 
 # Nodes that cost little beside the weights' own traffic, per sequence: a CPU core's arithmetic hides under about 8
 # rows, a GPU's under about 64.
-AUTO_NODES = {"cpu": 8, "cuda": 64}
+AUTO_NODES = {"cpu": 6, "cuda": 64}
 
 
 def choose_tree(
