@@ -11,7 +11,7 @@ from medusa_kernels.tree import MAX_NODES
 
 from .draft import MedusaDrafter
 
-# Nodes that cost little beside the weights' own traffic, per sequence: a CPU core's arithmetic hides under about 8
+# Nodes that cost little beside the weights' own traffic, per sequence: a CPU core's arithmetic hides under about 6
 # rows, a GPU's under about 64.
 AUTO_NODES = {"cpu": 6, "cuda": 64}
 
