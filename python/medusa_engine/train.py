@@ -64,7 +64,7 @@ class Heads(torch.nn.Module):
 
 
 class Optimizer:
-    """Muon for the blocks' matrices, Adam for their biases: Muon needs a third of Adam's steps here."""
+    """Muon for the blocks' matrices, Adam for their biases."""
 
     def __init__(self, module: Heads, learning_rate: float, weight_decay: float):
         matrices = [p for p in module.parameters() if p.ndim == 2]
