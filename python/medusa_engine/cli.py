@@ -198,13 +198,22 @@ def bench(load, prompts, limit, max_new_tokens, output, as_json) -> None:
     "--positions", type=int, default=1_000_000, show_default=True, help="Answer tokens to let the model write."
 )
 @click.option("--num-heads", type=int, default=4, show_default=True)
-@click.option("--num-layers", type=int, default=1, show_default=True)
+@click.option("--num-layers", type=int, default=2, show_default=True)
 @click.option(
     "--draft-vocab", type=int, default=8192, show_default=True, help="Most frequent tokens the heads choose among."
 )
-@click.option("--epochs", type=int, default=3, show_default=True)
-@click.option("--batch", type=int, default=512, show_default=True, help="Positions of one training step.")
+@click.option("--epochs", type=int, default=2, show_default=True)
+@click.option("--batch", type=int, default=1024, show_default=True, help="Positions of one training step.")
 @click.option("--learning-rate", type=float, default=1e-2, show_default=True)
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option(
+    "--soft-labels",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Share of the base's own distribution in the target, against the token it chose.",
+)
+@click.option("--root/--no-root", default=True, show_default=True, help="Tell the heads which token the base chose.")
 @click.option("--slots", type=int, default=128, show_default=True, help="Conversations written at once.")
 @click.option("--device", help="cpu or cuda; default: cuda where there is one.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -44,17 +44,17 @@ class Decoder:
         logits, self._head = model.head(self._forward.hidden)
         self.logits = logits.view(batch, n, -1)
         self._root_hidden = torch.empty(batch, model.config.hidden_size, dtype=logits.dtype, device=device)
-        self._draft: Callable[[], None] | None = None
-        if n > 1:
-            draft_tokens, self._logprobs, self._draft = drafter.bind(self._root_hidden, tree.top_k)
-            self._draft_tokens = draft_tokens.view(batch, -1)
-            # Where each node's token lies among one sequence's draft tokens.
-            self._draft_slots = ((tree.depths[1:] - 1) * tree.top_k + tree.ranks[1:]).to(device)
         self.accepted_nodes, self.accept_length, self.next_token = (
             ints(batch, tree.max_depth + 1),
             ints(batch),
             ints(batch),
         )
+        self._draft: Callable[[], None] | None = None
+        if n > 1:
+            draft_tokens, self._logprobs, self._draft = drafter.bind(self._root_hidden, self.next_token, tree.top_k)
+            self._draft_tokens = draft_tokens.view(batch, -1)
+            # Where each node's token lies among one sequence's draft tokens.
+            self._draft_slots = ((tree.depths[1:] - 1) * tree.top_k + tree.ranks[1:]).to(device)
         self.active = ints(batch)
         self._parents = tree.parents.to(device)
         self._sequence = torch.arange(batch, device=device)

@@ -1,7 +1,8 @@
 """Medusa heads, and one strict reading of every checkpoint dialect; heads_files.py finds the files.
 
-A head reads the hidden state after the base's final norm: `layers` times x + silu(W x + b), then an LM head. The
-dialects differ in their tensors' names only, so each is one row of `DIALECTS`; what must be there is said once.
+A head reads the hidden state after the base's final norm: `layers` times x + silu(W x + b), then an LM head. Ours may
+also be told the root, the token that the base chose from that hidden state (`MedusaHeads.root_weight`). The dialects
+differ in their tensors' names only, so each is one row of `DIALECTS`; what must be there is said once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PREFIX = re.compile(r"^medusa_heads?\.")
 SHARED_LM_HEAD = "lm_head.weight"
 TOKEN_MAP = "token_map"
+ROOT = "root.weight"
+ROOT_EPS = 1e-6  # of the norm of the root's embedding
 SHAPE_KEYS = frozenset(
     {
         "base_model_name_or_path",
@@ -47,6 +50,8 @@ class MedusaHeads:
         lm_head_weight: (heads, draft_vocab, hidden) one LM head each; (draft_vocab, hidden) one for all heads; None:
             the base model's, or where there is a `token_map` the base's rows `token_map`.
         token_map: int32 (draft_vocab,), draft id -> base id, or None: they are the same.
+        root_weight: (hidden, hidden) float, or None. With it the heads read
+            hidden + root_weight @ rms_norm(embedding of the root), where they otherwise read hidden alone.
         base_model_name_or_path: what the heads were trained for, as their config.json says it.
         metadata: what else config.json says of the heads, above all `accuracy`.
     """
@@ -55,6 +60,7 @@ class MedusaHeads:
     block_bias: Tensor | None = None
     lm_head_weight: Tensor | None = None
     token_map: Tensor | None = None
+    root_weight: Tensor | None = None
     base_model_name_or_path: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -73,6 +79,8 @@ class MedusaHeads:
             if found not in ((shape[0], rows, shape[3]), (rows, shape[3])):
                 wanted = f"({shape[0]} heads, {rows}, {shape[3]}) or ({rows}, {shape[3]})"
                 raise HeadsError(f"lm_head_weight has shape {found}; it must be {wanted}")
+        if self.root_weight is not None and tuple(self.root_weight.shape) != shape[2:]:
+            raise HeadsError(f"root_weight has shape {tuple(self.root_weight.shape)}; it must be {shape[2:]}")
         if not shape[1] and (self.lm_head_weight is None or self.lm_head_weight.ndim != 3):
             raise HeadsError("0 layers need an LM head for each head; a shared one would only repeat the base's token")
         _check_accuracy(self.accuracy, self.num_heads)
@@ -174,6 +182,7 @@ def heads_from_tensors(
             block_bias=None if bias is None else bias.unflatten(0, counts),
             lm_head_weight=lm_head,
             token_map=token_map,
+            root_weight=own.get(ROOT),
             base_model_name_or_path=base_name(config),
             metadata=_metadata(config),
         )
@@ -252,6 +261,8 @@ def _check_names_and_shapes(
     shapes |= dict.fromkeys(layout.lm_heads() if lm_heads else (), (_usual_size(lm_heads, 0), hidden))
     if SHARED_LM_HEAD in own and not lm_heads:
         shapes[SHARED_LM_HEAD] = (_usual_size([own[SHARED_LM_HEAD]], 0), hidden)
+    if ROOT in own:
+        shapes[ROOT] = (hidden, hidden)
     missing = [f"{layout.prefix + name!r} {shape}" for name, shape in shapes.items() if name not in own]
     extra = [
         f"{layout.prefix + name!r} {tuple(own[name].shape)}" for name in own if name not in shapes and name != TOKEN_MAP

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .heads import (
     DIALECTS,
+    ROOT,
     SHAPE_KEYS,
     SHARED_LM_HEAD,
     TOKEN_MAP,
@@ -80,7 +81,8 @@ def save_heads(
 ) -> None:
     """Write `medusa_lm_head.safetensors` (Medusa v2 names, rounded to `dtype`) and config.json into `folder`.
 
-    One LM head for all heads is stored as `lm_head.weight`, a draft vocabulary as `token_map`: our additions to v2.
+    One LM head for all heads is stored as `lm_head.weight`, a draft vocabulary as `token_map`, what the heads are told
+    of the root as `root.weight`: our additions to v2.
     config.json gets the shape, `heads.metadata` and `config_extra`, the latter winning. Each file is replaced
     atomically, the weights first, so no reader sees half a file. Raises HeadsError if `config_extra` has a key that
     the heads themselves decide.
@@ -95,6 +97,8 @@ def save_heads(
         tensors |= zip(layout.lm_heads(), heads.lm_head_weight, strict=True)
     elif heads.lm_head_weight is not None:
         tensors[SHARED_LM_HEAD] = heads.lm_head_weight
+    if heads.root_weight is not None:
+        tensors[ROOT] = heads.root_weight
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     config = {
         "base_model_name_or_path": heads.base_model_name_or_path,

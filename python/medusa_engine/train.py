@@ -1,5 +1,5 @@
 """Trains Medusa-1 heads: the base model frozen, the heads on its hidden rows, its LM head shared (Medusa, section
-2.2.1).
+2.2.1), and, beyond the paper, told which token the base chose from that row.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dataset import Conversation
-from .heads import MedusaHeads
+from .heads import ROOT_EPS, MedusaHeads
 from .stepping import best_paths, tokens_per_step
 
 RANKS = 32  # ranks whose accuracy is measured: more than any tree of 256 nodes reads of a good head
 MAX_PATHS = 255  # a tree of 256 nodes
 HELD_OUT = 50  # every 50th conversation is held out
+PIECE = 16  # consecutive positions that a step takes together: a step then sees many conversations, not two or three
 
 
 @dataclass(frozen=True)
@@ -28,32 +29,37 @@ class TrainOptions:
     """What a run depends on besides its data; a resumed run must have the same."""
 
     heads: int = 4
-    layers: int = 1
+    layers: int = 2
     draft_vocab: int = 8192
-    epochs: int = 3
-    batch: int = 512  # positions of a step, rounded up to whole conversations
+    epochs: int = 2
+    batch: int = 1024  # positions of a step
     learning_rate: float = 1e-2
     weight_decay: float = 0.0  # per step and unit of learning rate
     soft_labels: float = 0.5  # share of the base's own distribution in the target, against the token it chose
     head_decay: float = 0.8  # head h's loss counts head_decay ** h, as in the paper
+    root: bool = True  # whether the heads are told the root
     seed: int = 0
 
 
 class Heads(torch.nn.Module):
-    """Residual SiLU blocks of every head: zero weights, so that training starts from the base's own next-token
-    guess.
+    """Residual SiLU blocks of every head, and the matrix by which all are told the root: zero weights, so that
+    training starts from the base's own next-token guess.
     """
 
-    def __init__(self, heads: int, layers: int, hidden_size: int):
+    def __init__(self, heads: int, layers: int, hidden_size: int, *, root: bool):
         super().__init__()
+        self.root = torch.nn.Linear(hidden_size, hidden_size, bias=False) if root else None
         self.blocks = torch.nn.ModuleList(
             torch.nn.ModuleList(torch.nn.Linear(hidden_size, hidden_size) for _ in range(layers)) for _ in range(heads)
         )
         for parameter in self.parameters():
             torch.nn.init.zeros_(parameter)
 
-    def forward(self, hidden: Tensor, head: int) -> Tensor:
-        x = hidden
+    def tell(self, hidden: Tensor, root: Tensor) -> Tensor:
+        """What the heads read; root is the normed embedding of each row's token."""
+        return hidden if self.root is None else hidden + self.root(root)
+
+    def forward(self, x: Tensor, head: int) -> Tensor:
         for block in self.blocks[head]:
             x = x + F.silu(block(x))
         return x
@@ -94,15 +100,17 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Batch:
-    """Whole conversations, one after another.
+    """Pieces of conversations, one after another.
 
     Attributes:
         hidden: (positions, hidden_size), each row with the token it chose:
+        root: (positions, hidden_size), that token's embedding, normed.
         labels: (positions,) draft ids, -1 outside the draft vocabulary. What head h should guess at row j is label
-            j + h + 1, if `inside` (heads, positions) says that this row is of the same conversation.
+            j + h + 1, if `inside` (heads, positions) says that row j is to be learnt and that row in its conversation.
     """
 
     hidden: Tensor
+    root: Tensor
     labels: Tensor
     inside: Tensor
 
@@ -112,7 +120,7 @@ class Trainer:
 
     Args:
         folder: of the run; made when missing.
-        lm_head: (vocab, hidden_size), the base's.
+        lm_head, embedding: (vocab, hidden_size), the base's.
         conversations: with their hidden rows.
     """
 
@@ -121,6 +129,7 @@ class Trainer:
         folder: str | os.PathLike,
         options: TrainOptions,
         lm_head: Tensor,
+        embedding: Tensor,
         conversations: list[Conversation],
         device: torch.device,
     ):
@@ -134,9 +143,11 @@ class Trainer:
         self._draft_id = torch.full((lm_head.shape[0],), -1, dtype=torch.int64)
         self._draft_id[self.token_map.long()] = torch.arange(len(self.token_map))
         self._lm_head = lm_head[self.token_map.long()].to(device, self.compute_dtype)
-        self.module = Heads(options.heads, options.layers, lm_head.shape[1]).to(device)
+        self._embedding = embedding
+        self.module = Heads(options.heads, options.layers, lm_head.shape[1], root=options.root).to(device)
         self._optimizer = Optimizer(self.module, options.learning_rate, options.weight_decay)
         self.positions = sum(len(c.answer) for c in train)
+        self._pieces = [(i, start) for i, c in enumerate(train) for start in range(0, len(c.answer) - 1, PIECE)]
         self.step = 0
         self.total_steps = sum(1 for epoch in range(options.epochs) for _ in self._groups(epoch))
         self._restore()
@@ -169,18 +180,20 @@ class Trainer:
             "training": {**asdict(self.options), "positions": self.positions},
         }
         weight, bias = self.module.stacked("weight"), self.module.stacked("bias")
-        return MedusaHeads(weight, bias, token_map=self.token_map, metadata=metadata)
+        root = None if self.module.root is None else self.module.root.weight.detach().cpu()
+        return MedusaHeads(weight, bias, token_map=self.token_map, root_weight=root, metadata=metadata)
 
     @torch.no_grad()
     def ranks(self, conversation: Conversation) -> Tensor:
         """(heads, positions): the rank of the right token among each head's guesses; RANKS where it is lower or
         absent.
         """
-        batch = self._batch([conversation])
+        batch = self._batch([(conversation, 0)], len(conversation.answer))
+        told = self.module.tell(batch.hidden, batch.root)
         rows = []
         for head in range(self.options.heads):
             labels = torch.where(batch.inside[head], batch.labels.roll(-head - 1), -1)
-            logits = (self.module(batch.hidden, head).to(self.compute_dtype) @ self._lm_head.T).float()
+            logits = (self.module(told, head).to(self.compute_dtype) @ self._lm_head.T).float()
             right = logits.gather(1, labels.clamp(min=0)[:, None])
             rank = (logits > right).sum(dim=1).clamp(max=RANKS)
             rows.append(torch.where(labels < 0, RANKS, rank))
@@ -199,7 +212,8 @@ class Trainer:
 
     def _loss_and_gradients(self, batch: Batch) -> float:
         """Sum over the heads of head_decay ** h times the mean loss; gradients are left in the module."""
-        guesses = [self.module(batch.hidden, head) for head in range(self.options.heads)]
+        told = self.module.tell(batch.hidden, batch.root)
+        guesses = [self.module(told, head) for head in range(self.options.heads)]
         losses, gradients = self._losses(batch, [x.detach() for x in guesses])
         decays = [self.options.head_decay**head for head in range(self.options.heads)]
         torch.autograd.backward(guesses, [g.mul_(d) for g, d in zip(gradients, decays, strict=True)])
@@ -232,35 +246,33 @@ class Trainer:
                 gradients[head][rows] = (slope.to(self.compute_dtype) @ self._lm_head).to(x.dtype)
         return losses, gradients
 
-    def _groups(self, epoch: int) -> Iterator[list[int]]:
-        """Conversations of each step of an epoch, in an order that seed and epoch decide."""
+    def _groups(self, epoch: int) -> Iterator[Tensor]:
+        """Indices of each step's pieces, in an order that seed and epoch decide."""
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + epoch)
-        group: list[int] = []
-        size = 0
-        for i in torch.randperm(len(self.train), generator=generator).tolist():
-            group.append(i)
-            size += len(self.train[i].answer)
-            if size >= self.options.batch:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group
+        return iter(torch.randperm(len(self._pieces), generator=generator).split(max(1, self.options.batch // PIECE)))
 
     def _remaining(self) -> Iterator[tuple[int, Batch]]:
         step = 0
         for epoch in range(self.options.epochs):
             for group in self._groups(epoch):
                 if step >= self.step:
-                    yield step, self._batch([self.train[i] for i in group])
+                    pieces = (self._pieces[i] for i in group.tolist())
+                    yield step, self._batch([(self.train[i], start) for i, start in pieces], PIECE)
                 step += 1
 
-    def _batch(self, conversations: list[Conversation]) -> Batch:
-        labels = torch.cat([self._draft_id[c.answer.long()] for c in conversations])
-        # How many rows of the same conversation follow each row.
-        left = torch.cat([torch.arange(len(c.answer) - 1, -1, -1) for c in conversations])
-        inside = torch.stack([left > head for head in range(self.options.heads)])
-        hidden = torch.cat([c.hidden for c in conversations]).to(self.device, torch.float32)
-        return Batch(hidden, labels.to(self.device), inside.to(self.device))
+    def _batch(self, pieces: list[tuple[Conversation, int]], length: int) -> Batch:
+        """`length` positions of each conversation from a start on, and the rows behind them that they look at."""
+        heads = self.options.heads
+        parts = [(c, slice(start, start + length + heads)) for c, start in pieces]
+        tokens = torch.cat([c.answer[part] for c, part in parts]).long()
+        hidden = torch.cat([c.hidden[part] for c, part in parts])
+        sizes = torch.tensor([len(c.answer[part]) for c, part in parts])
+        row = torch.cat([torch.arange(size) for size in sizes.tolist()])
+        left = sizes.repeat_interleave(sizes) - 1 - row  # rows of the same piece that follow
+        inside = torch.stack([(left > head) & (row < length) for head in range(heads)])
+        root = F.rms_norm(self._embedding[tokens].float(), hidden.shape[1:], eps=ROOT_EPS)
+        on_device = (x.to(self.device) for x in (hidden.float(), root, self._draft_id[tokens], inside))
+        return Batch(*on_device)
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

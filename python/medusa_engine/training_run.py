@@ -25,11 +25,14 @@ def run(
     data: Path | None = None,
     positions: int = 1_000_000,
     num_heads: int = 4,
-    num_layers: int = 1,
+    num_layers: int = 2,
     draft_vocab: int = 8192,
-    epochs: int = 3,
-    batch: int = 512,
+    epochs: int = 2,
+    batch: int = 1024,
     learning_rate: float = 1e-2,
+    weight_decay: float = 0.0,
+    soft_labels: float = 0.5,
+    root: bool = True,
     slots: int = 128,
     device: str | None = None,
     seed: int = 0,
@@ -42,6 +45,8 @@ def run(
     Args:
         data: a shard, or a folder of shards; hidden rows that they lack are computed first.
         positions: answer tokens to let the model write; ignored with `data`.
+        soft_labels: share of the base's own distribution in the target, against the token it chose.
+        root: whether the heads are told the root.
         slots: conversations written at once.
         device: None is CUDA where there is one.
 
@@ -51,7 +56,18 @@ def run(
     Raises:
         ValueError: an option, the checkpoint or the data is unusable; the message says why.
     """
-    options = TrainOptions(num_heads, num_layers, draft_vocab, epochs, batch, learning_rate, seed=seed)
+    options = TrainOptions(
+        heads=num_heads,
+        layers=num_layers,
+        draft_vocab=draft_vocab,
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        soft_labels=soft_labels,
+        root=root,
+        seed=seed,
+    )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = open_checkpoint(model)
     positions_limit = checkpoint.config.max_position_embeddings
@@ -63,7 +79,7 @@ def run(
     conversations = _read(data)
     if any(c.hidden is None for c in conversations):
         conversations = add_hidden(base, conversations)
-    trainer = Trainer(folder / "run", options, base.lm_head_source, conversations, where)
+    trainer = Trainer(folder / "run", options, base.lm_head_source, base.embedding.cpu(), conversations, where)
     losses: list[float] = []
     with tqdm(total=trainer.total_steps, initial=trainer.step, desc="train", unit="step", disable=None) as bar:
 

@@ -140,20 +140,25 @@ def test_any_family_gives_the_plain_tokens(family, dtype):
     assert max(check(engine("5-heads", family, dtype), family, Tree.search(ACCURACY, 24))) >= 2
 
 
+@pytest.mark.parametrize("root", [False, True])
 @pytest.mark.parametrize("shared", ["base", "own", "map"])
-def test_heads_that_share_one_lm_head(shared):
-    """The base's own LM head, another one for all heads, or the base's rows of a token map."""
+def test_heads_that_share_one_lm_head(shared, root):
+    """The base's own LM head, another one for all heads, or the base's rows of a token map; told the root or not."""
     size, vocab = 64, 96
     generator = torch.Generator().manual_seed(0)
     weight = 0.2 * torch.randn(3, 1, size, size, generator=generator)
     lm_head = torch.randn(vocab, size, generator=generator) if shared == "own" else None
     token_map = torch.randperm(vocab, generator=generator)[:30].int() if shared == "map" else None
-    check(engine(), "llama", Tree.named("8x4x2"), MedusaHeads(weight, None, lm_head, token_map))
-    drafter = MedusaDrafter(engine().model, MedusaHeads(weight, None, lm_head, token_map))
-    hidden = torch.randn(2, size, generator=generator)
-    draft_tokens, logprobs, draft = drafter.bind(hidden, 8)
-    draft()
+    root_weight = 0.2 * torch.randn(size, size, generator=generator) if root else None
+    heads = MedusaHeads(weight, None, lm_head, token_map, root_weight)
+    check(engine(), "llama", Tree.named("8x4x2"), heads)
     model = engine().model
+    hidden, roots = torch.randn(2, size, generator=generator), torch.tensor([5, 71], dtype=torch.int32)
+    draft_tokens, logprobs, draft = MedusaDrafter(model, heads).bind(hidden, roots, 8)
+    draft()
+    if root:
+        embedded = model.embedding[roots.long()].float()
+        hidden = hidden + embedded / (embedded.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() @ root_weight.T
     table = model.lm_head_source.float() if lm_head is None else lm_head
     table = table if token_map is None else table[token_map.long()]
     states = torch.stack([hidden + torch.nn.functional.silu(hidden @ w[0].T) for w in weight], dim=1)

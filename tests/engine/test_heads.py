@@ -31,6 +31,7 @@ def random_heads(
     own_lm: bool = False,
     shared_lm: bool = False,
     draft_vocab: int | None = None,
+    root: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> MedusaHeads:
     generator = torch.Generator().manual_seed(num_heads * 100 + num_layers)
@@ -45,6 +46,7 @@ def random_heads(
         random(num_heads, num_layers, hidden) if bias else None,
         lm_head,
         torch.randperm(VOCAB, generator=generator)[:draft_vocab].int() if draft_vocab else None,
+        random(hidden, hidden) if root else None,
     )
 
 
@@ -62,6 +64,8 @@ def named(heads: MedusaHeads, block: str, lm_head: str = "", shared: str = "lm_h
         tensors[shared] = heads.lm_head_weight.clone()
     if heads.token_map is not None:
         tensors["token_map"] = heads.token_map.long()
+    if heads.root_weight is not None:
+        tensors["root.weight"] = heads.root_weight
     return tensors
 
 
@@ -99,7 +103,7 @@ def write(folder: Path, tensors: Tensors, config: dict | None = None, name: str 
 
 
 def assert_same(loaded: MedusaHeads, wanted: MedusaHeads) -> None:
-    for name in ("block_weight", "block_bias", "lm_head_weight", "token_map"):
+    for name in ("block_weight", "block_bias", "lm_head_weight", "token_map", "root_weight"):
         found, expected = getattr(loaded, name), getattr(wanted, name)
         assert (found is None) == (expected is None), name
         if expected is not None:
@@ -269,6 +273,7 @@ def test_a_folder_prefers_its_heads_file(tmp_path: Path) -> None:
     st.booleans(),
     st.sampled_from(["own", "one", "base"]),
     st.none() | st.integers(1, VOCAB),
+    st.booleans(),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_round_trip(
@@ -279,6 +284,7 @@ def test_round_trip(
     bias: bool,
     lm: str,
     draft_vocab: int | None,
+    root: bool,
     dtype: torch.dtype,
 ) -> None:
     heads = random_heads(
@@ -289,6 +295,7 @@ def test_round_trip(
         own_lm=lm == "own",
         shared_lm=lm == "one",
         draft_vocab=draft_vocab,
+        root=root,
         dtype=dtype,
     )
     folder = tmp_path_factory.mktemp("heads")
@@ -301,12 +308,13 @@ def test_saved_format(tmp_path: Path) -> None:
     heads = MedusaHeads(
         *(getattr(random_heads(2, 1, draft_vocab=4), name) for name in ("block_weight", "block_bias")),
         token_map=torch.tensor([3, 1, 9, 0], dtype=torch.int32),
+        root_weight=torch.randn(6, 6),
         base_model_name_or_path="SmolLM2",
         metadata={"accuracy": [[0.5, 0.1], [0.3]], "seed": 1},
     )
     save_heads(tmp_path / "new", heads, {"seed": 2, "temperatures": [1.2, 1.4]})
     tensors = load_file(tmp_path / "new" / "medusa_lm_head.safetensors")
-    names = {"0.0.linear.weight", "0.0.linear.bias", "1.0.linear.weight", "1.0.linear.bias", "token_map"}
+    names = {"0.0.linear.weight", "0.0.linear.bias", "1.0.linear.weight", "1.0.linear.bias", "root.weight", "token_map"}
     assert set(tensors) == names
     assert {tensor.dtype for name, tensor in tensors.items() if name != "token_map"} == {torch.bfloat16}
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {
@@ -522,6 +530,13 @@ BAD_TENSORS = [
         {},
         r"has 11 rows; it must have the token_map's 13",
     ),
+    (
+        "misshapen root",
+        medusa,
+        put("root.weight", torch.ones(6, 5)),
+        {},
+        r"'root\.weight' has shape \(6, 5\); it must be",
+    ),
     ("integers", medusa, put("0.0.linear.weight", torch.ones(6, 6).char()), {}, r"is torch\.int8; it must be float32"),
     (
         "two dtypes",
@@ -690,6 +705,7 @@ def test_a_name_in_two_files(tmp_path: Path) -> None:
         ({"lm_head_weight": torch.ones(9, 4), "token_map": torch.ones(3).int()}, r"it must be .* or \(3, 4\)"),
         ({"token_map": torch.ones(3).long()}, r"token_map is torch\.int64 \(3,\); it must be int32"),
         ({"block_weight": torch.ones(2, 0, 4, 4)}, r"0 layers need an LM head for each head"),
+        ({"root_weight": torch.ones(4, 3)}, r"root_weight has shape \(4, 3\); it must be \(4, 4\)"),
         ({"metadata": {"accuracy": 0.5}}, r"accuracy is 0\.5; it must be at most 2 lists of probabilities"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import rms_norm
 
 from medusa_engine.dataset import Conversation, read_shard, shard_paths, write_shard
 from medusa_engine.heads_files import load_heads, save_heads
@@ -20,6 +21,11 @@ def lm_head():
 
 
 @pytest.fixture(scope="module")
+def embedding():
+    return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
 def conversations(lm_head):
     """Answers that count upwards modulo 30 from a random start: what a head must learn is a rotation of the LM head."""
     generator = torch.Generator().manual_seed(1)
@@ -32,14 +38,14 @@ def conversations(lm_head):
     return result
 
 
-def trained(folder, lm_head, conversations, options=OPTIONS):
-    trainer = Trainer(folder, options, lm_head, conversations, CPU)
+def trained(folder, lm_head, embedding, conversations, options=OPTIONS):
+    trainer = Trainer(folder, options, lm_head, embedding, conversations, CPU)
     trainer.run(lambda step, loss: None)
     return trainer
 
 
-def test_heads_learn_the_tokens_that_follow(tmp_path, lm_head, conversations):
-    result = trained(tmp_path, lm_head, conversations).result()
+def test_heads_learn_the_tokens_that_follow(tmp_path, lm_head, embedding, conversations):
+    result = trained(tmp_path, lm_head, embedding, conversations).result()
     assert result.block_weight.shape == (2, 1, HIDDEN, HIDDEN)
     for row in result.accuracy:
         assert row[0] > 0.9  # an untrained head repeats the current token and is never right
@@ -48,41 +54,55 @@ def test_heads_learn_the_tokens_that_follow(tmp_path, lm_head, conversations):
     assert result.metadata["simulated_tokens_per_step"]["4"] > 2.5
 
 
-def test_untrained_heads_are_the_base_model(tmp_path, lm_head, conversations):
-    trainer = Trainer(tmp_path, OPTIONS, lm_head, conversations, CPU)
+def test_heads_that_are_told_the_root_learn_what_only_it_says(tmp_path, lm_head, embedding, conversations):
+    """Hidden rows that say nothing: the next token can be had from the root alone."""
+    blind = [Conversation(c.ids, c.answer_start, torch.ones_like(c.hidden)) for c in conversations]
+    options = TrainOptions(**{**vars(OPTIONS), "soft_labels": 0.0})
+    told = trained(tmp_path / "told", lm_head, embedding, blind, options).result()
+    assert told.root_weight.shape == (HIDDEN, HIDDEN)
+    assert told.accuracy[0][0] > 0.8
+    untold = trained(tmp_path / "untold", lm_head, embedding, blind, TrainOptions(**{**vars(options), "root": False}))
+    assert untold.result().root_weight is None
+    assert untold.result().accuracy[0][0] < 0.2
+
+
+def test_untrained_heads_are_the_base_model(tmp_path, lm_head, embedding, conversations):
+    trainer = Trainer(tmp_path, OPTIONS, lm_head, embedding, conversations, CPU)
     hidden = torch.randn(5, HIDDEN)
-    assert torch.equal(trainer.module(hidden, 0), hidden)
+    assert torch.equal(trainer.module(trainer.module.tell(hidden, torch.randn(5, HIDDEN)), 0), hidden)
 
 
 @pytest.mark.parametrize("soft", [0.0, 0.4, 1.0])
-def test_gradient_equals_autograd_on_the_definition(tmp_path, lm_head, conversations, soft):
+def test_gradient_equals_autograd_on_the_definition(tmp_path, lm_head, embedding, conversations, soft):
     """Head h's target at row j: (1 - soft) x the token that row j + h + 1 chose + soft x that row's distribution."""
     options = TrainOptions(**{**vars(OPTIONS), "soft_labels": soft, "draft_vocab": 28})
-    trainer = Trainer(tmp_path, options, lm_head, conversations, CPU)
+    trainer = Trainer(tmp_path, options, lm_head, embedding, conversations, CPU)
     trainer.compute_dtype, trainer._lm_head = torch.float32, trainer._lm_head.float()
     group = sorted(trainer.train, key=lambda c: -len(c.answer))[:20]
-    batch = trainer._batch(group)
+    pieces = [(c, start) for c in group for start in range(0, len(c.answer) - 1, 7)]
+    batch = trainer._batch(pieces, 7)
     generator = torch.Generator().manual_seed(2)
     guesses = [torch.randn(batch.hidden.shape, generator=generator, requires_grad=True) for _ in range(2)]
     losses, gradients = trainer._losses(batch, [x.detach() for x in guesses])
     for head, x in enumerate(guesses):
         total, count, at = 0.0, 0, 0
-        for conversation in group:
-            for j in range(len(conversation.answer) - 1 - head):
+        for conversation, start in pieces:
+            rows = len(conversation.answer[start : start + 7 + 2])
+            for j in range(start, min(start + 7, len(conversation.answer) - 1 - head)):
                 target = soft * (conversation.hidden[j + head + 1].float() @ trainer._lm_head.T).softmax(0)
                 known = (trainer.token_map == conversation.answer[j + head + 1]).nonzero()
                 if len(known):
                     target[known[0]] += 1 - soft
-                total = total - (target * (x[at + j] @ trainer._lm_head.T).log_softmax(0)).sum()
+                total = total - (target * (x[at + j - start] @ trainer._lm_head.T).log_softmax(0)).sum()
                 count += 1
-            at += len(conversation.answer)
+            at += rows
         (total / count).backward()
         assert losses[head] == pytest.approx((total / count).item(), rel=1e-4)
         torch.testing.assert_close(gradients[head], x.grad, rtol=1e-3, atol=1e-7)
 
 
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path, lm_head, conversations):
-    whole = trained(tmp_path / "whole", lm_head, conversations)
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, lm_head, embedding, conversations):
+    whole = trained(tmp_path / "whole", lm_head, embedding, conversations)
 
     class Stop(Exception):
         pass
@@ -91,10 +111,10 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, lm_head, conversation
         if step == 7:
             raise Stop
 
-    broken = Trainer(tmp_path / "broken", OPTIONS, lm_head, conversations, CPU)
+    broken = Trainer(tmp_path / "broken", OPTIONS, lm_head, embedding, conversations, CPU)
     with pytest.raises(Stop):
         broken.run(stop)
-    resumed = Trainer(tmp_path / "broken", OPTIONS, lm_head, conversations, CPU)
+    resumed = Trainer(tmp_path / "broken", OPTIONS, lm_head, embedding, conversations, CPU)
     assert resumed.step == 7
     resumed.run(lambda step, loss: None)
     for mine, theirs in zip(resumed.module.parameters(), whole.module.parameters(), strict=True):
@@ -103,25 +123,26 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, lm_head, conversation
     assert steps == list(range(1, whole.total_steps + 1))
 
 
-def test_a_run_with_other_options_is_refused(tmp_path, lm_head, conversations):
-    trained(tmp_path, lm_head, conversations)
+def test_a_run_with_other_options_is_refused(tmp_path, lm_head, embedding, conversations):
+    trained(tmp_path, lm_head, embedding, conversations)
     other = TrainOptions(**{**vars(OPTIONS), "epochs": 5})
     with pytest.raises(ValueError, match="another epochs"):
-        Trainer(tmp_path, other, lm_head, conversations, CPU)
+        Trainer(tmp_path, other, lm_head, embedding, conversations, CPU)
 
 
-def test_one_conversation_is_too_few(tmp_path, lm_head, conversations):
+def test_one_conversation_is_too_few(tmp_path, lm_head, embedding, conversations):
     with pytest.raises(ValueError, match="at least two conversations"):
-        Trainer(tmp_path, OPTIONS, lm_head, conversations[:1], CPU)
+        Trainer(tmp_path, OPTIONS, lm_head, embedding, conversations[:1], CPU)
 
 
-def test_ranks_name_the_place_of_the_right_token(tmp_path, lm_head, conversations):
-    trainer = trained(tmp_path, lm_head, conversations)
+def test_ranks_name_the_place_of_the_right_token(tmp_path, lm_head, embedding, conversations):
+    trainer = trained(tmp_path, lm_head, embedding, conversations)
     conversation = trainer.held_out[0]
     ranks = trainer.ranks(conversation)
     answer = conversation.answer.long()
     for head in range(2):
-        logits = trainer.module(conversation.hidden.float(), head).to(trainer.compute_dtype) @ trainer._lm_head.T
+        told = trainer.module.tell(conversation.hidden.float(), rms_norm(embedding[answer], (HIDDEN,), eps=1e-6))
+        logits = trainer.module(told, head).to(trainer.compute_dtype) @ trainer._lm_head.T
         order = trainer.token_map[logits.float().argsort(dim=1, descending=True)].long()
         for position in range(len(answer)):
             if position + 1 + head >= len(answer):
@@ -156,10 +177,11 @@ def test_damaged_shards_are_named(tmp_path, content):
         list(read_shard(path))
 
 
-def test_saved_heads_load_again(tmp_path, lm_head, conversations):
-    found = trained(tmp_path / "run", lm_head, conversations).result()
+def test_saved_heads_load_again(tmp_path, lm_head, embedding, conversations):
+    found = trained(tmp_path / "run", lm_head, embedding, conversations).result()
     save_heads(tmp_path / "heads", found)
     loaded = load_heads(tmp_path / "heads", hidden_size=HIDDEN, vocab_size=VOCAB)
     assert torch.equal(loaded.block_weight, found.block_weight.bfloat16())
     assert torch.equal(loaded.token_map, found.token_map)
+    assert torch.equal(loaded.root_weight, found.root_weight.bfloat16())
     assert loaded.metadata["paths"] == found.metadata["paths"]
