@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -21,74 +22,11 @@ from .model import Forward, Model
 from .tokenizer import Tokenizer
 
 SHARD_POSITIONS = 10_000
-MAX_USER_TOKENS, MAX_ANSWER_TOKENS = 96, 256
-USER_TEMPERATURE, USER_TOP_P = 0.9, 0.95
-
-# Beginnings of user turns, so that short questions and code are met as often as long instructions. One conversation
-# in six begins freely.
-OPENINGS = (
-    *[""] * 10,
-    *(
-        "Write",
-        "Explain",
-        "What is",
-        "What are",
-        "How do I",
-        "How does",
-        "How can",
-        "Why",
-        "Can you",
-        "Describe",
-        "Summarize",
-    ),
-    *(
-        "Give me",
-        "Tell me",
-        "List",
-        "Compare",
-        "Translate",
-        "I need",
-        "I am",
-        "I want to",
-        "Help me",
-        "Write a short story about",
-    ),
-    *(
-        "Write a poem",
-        "Write a Python function",
-        "Write a function that",
-        "def ",
-        "Create",
-        "Suggest",
-        "What's the difference between",
-    ),
-    *(
-        "Who was",
-        "When did",
-        "Where",
-        "Is it",
-        "Should I",
-        "Rewrite",
-        "Complete",
-        "Please",
-        "Design",
-        "Imagine",
-        "Solve",
-    ),
-    *(
-        "Calculate",
-        "In one paragraph,",
-        "Write an email",
-        "Give three",
-        "Plan",
-        "Could you",
-        "Convert",
-        "Fix",
-        "My",
-        "The",
-    ),
-    *("Explain to a child", "What does", "Which"),
-)
+MAX_USER_TOKENS, MAX_ANSWER_TOKENS = 64, 176
+USER_TOP_P = 0.95
+# A user turn's first tokens settle what it is about: warmer, for variety; the rest, cooler, for sense.
+TOPIC_TOKENS, TOPIC_TEMPERATURE, USER_TEMPERATURE = 8, 1.1, 0.85
+FREE = 0.02  # share of user turns that begin with no opening
 
 
 @dataclass
@@ -101,6 +39,11 @@ class _Slot:
     fed: int = 0
     answer_start: int | None = None
     hidden: list[Tensor] = field(default_factory=list)
+
+    @property
+    def temperature(self) -> float:
+        """Of the user turn's next token."""
+        return TOPIC_TEMPERATURE if self.fed - self.user_start < TOPIC_TOKENS else USER_TEMPERATURE
 
 
 class Writer:
@@ -148,6 +91,8 @@ class Writer:
             *(logits.view(slots, 1, -1), self._forward.tokens, root.parents.to(device), self._how),
             *(nodes, length, self._next),
         )
+        # Beginnings of user turns, so that short questions and code are met as often as long instructions.
+        self._openings = (files("medusa_engine") / "prompts/openings.txt").read_text(encoding="utf-8").splitlines()
         self._slots: list[_Slot] = []
 
     def conversations(self, seed: int):
@@ -169,7 +114,9 @@ class Writer:
 
     def _begin(self, seed: int, fed: int) -> _Slot:
         generator = torch.Generator().manual_seed(seed)
-        opening = OPENINGS[int(torch.randint(len(OPENINGS), (), generator=generator))]
+        opening = self._openings[int(torch.randint(len(self._openings), (), generator=generator))]
+        if float(torch.rand((), generator=generator)) < FREE:
+            opening = ""
         return _Slot(self._prefix + self._encode(opening), len(self._prefix), seed, fed)
 
     def _step(self):
@@ -179,6 +126,7 @@ class Writer:
         self._cache.seqlens.copy_(fed)
         self._how.offset.copy_(fed)
         self._how.seed.copy_(torch.tensor([s.seed for s in self._slots]))
+        self._how.temperature.copy_(torch.tensor([s.temperature for s in self._slots]))
         self._how.mode.copy_(torch.tensor([sampling if s.answer_start is None else greedy for s in self._slots]))
         self._forward.run()
         self._head()

@@ -84,6 +84,7 @@ class MedusaHeads:
         if not shape[1] and (self.lm_head_weight is None or self.lm_head_weight.ndim != 3):
             raise HeadsError("0 layers need an LM head for each head; a shared one would only repeat the base's token")
         _check_accuracy(self.accuracy, self.num_heads)
+        _check_paths(self.paths, self.num_heads)
 
     @property
     def num_heads(self) -> int:
@@ -108,6 +109,11 @@ class MedusaHeads:
     def accuracy(self) -> list[list[float]] | None:
         """`accuracy[head][rank]` as `Tree.search` takes it, if config.json holds a measurement."""
         return self.metadata.get("accuracy")
+
+    @property
+    def paths(self) -> list[list[int]] | None:
+        """Paths by falling worth, if config.json lists them: the first n - 1 are the best static tree of n nodes."""
+        return self.metadata.get("paths")
 
 
 class _Dialect(NamedTuple):
@@ -337,6 +343,21 @@ def _check_accuracy(accuracy: Any, num_heads: int) -> None:
         isinstance(accuracy, list) and len(accuracy) <= num_heads and all(map(is_row, accuracy))
     ):
         raise HeadsError(f"accuracy is {accuracy!r:.60}; it must be at most {num_heads} lists of probabilities")
+
+
+def _check_paths(paths: Any, num_heads: int) -> None:
+    if paths is None:
+        return
+    seen: set[tuple[int, ...]] = {()}
+    for path in paths if isinstance(paths, list) else [paths]:
+        if not (isinstance(path, list) and path and all(type(rank) is int and rank >= 0 for rank in path)):
+            raise HeadsError(f"paths holds {path!r:.60}; each path must be a list of ranks, 0 or higher")
+        if len(path) > num_heads:
+            raise HeadsError(f"paths holds {path}; {num_heads} heads fill paths of at most {num_heads} ranks")
+        if tuple(path[:-1]) not in seen or tuple(path) in seen:
+            fault = "twice" if tuple(path) in seen else f"before its parent {path[:-1]}"
+            raise HeadsError(f"paths holds {path} {fault}")
+        seen.add(tuple(path))
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:

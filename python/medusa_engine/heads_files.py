@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint import CheckpointError, read_json
 from .heads import (
     DIALECTS,
     ROOT,
@@ -138,12 +139,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeadsError(f"cannot read {file}: no valid JSON ({_first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise HeadsError(f"cannot read {file}: it holds a JSON {type(content).__name__} and must hold an object")
-    return content
+        return read_json(file)
+    except CheckpointError as error:
+        raise HeadsError(str(error)) from None
 
 
 def _weight_files(folder: Path) -> list[Path]:

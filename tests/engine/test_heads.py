@@ -651,11 +651,11 @@ BAD_FILES = [
     ("code in a pt", pickled({"0.0.linear.weight": Path("x")}), r"heads\.pt: damaged, or more inside than tensors"),
     ("list in a pt", pickled([torch.ones(2)]), r"heads\.pt: it must hold one dict from names to tensors$"),
     ("nested pt", pickled({"state_dict": {"a": torch.ones(2)}}), r"heads\.pt: it must hold one dict"),
-    ("config is no JSON", folder_of("config.json", "{"), r"^cannot read .*config\.json: no valid JSON"),
+    ("config is no JSON", folder_of("config.json", "{"), r"config\.json: not readable as JSON"),
     (
         "config is a list",
         folder_of("config.json", "[]"),
-        r"config\.json: it holds a JSON list and must hold an object$",
+        r"config\.json: expected a JSON object, found a list$",
     ),
     ("index without map", broken_index, r"index\.json: it has no weight_map from tensor names to files$"),
 ]
@@ -707,6 +707,11 @@ def test_a_name_in_two_files(tmp_path: Path) -> None:
         ({"block_weight": torch.ones(2, 0, 4, 4)}, r"0 layers need an LM head for each head"),
         ({"root_weight": torch.ones(4, 3)}, r"root_weight has shape \(4, 3\); it must be \(4, 4\)"),
         ({"metadata": {"accuracy": 0.5}}, r"accuracy is 0\.5; it must be at most 2 lists of probabilities"),
+        ({"metadata": {"paths": 5}}, r"paths holds 5; each path must be a list of ranks"),
+        ({"metadata": {"paths": [[0], [-1]]}}, r"paths holds \[-1\]; each path must be a list of ranks, 0 or higher"),
+        ({"metadata": {"paths": [[0], [0]]}}, r"paths holds \[0\] twice"),
+        ({"metadata": {"paths": [[0, 1], [0]]}}, r"paths holds \[0, 1\] before its parent \[0\]"),
+        ({"metadata": {"paths": [[0], [0, 0], [0, 0, 0]]}}, r"2 heads fill paths of at most 2 ranks"),
     ],
 )
 def test_bad_construction(fields: dict, message: str) -> None:
