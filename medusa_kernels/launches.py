@@ -30,7 +30,8 @@ _BACKENDS = {
 
 
 def resolve_all(backend: str, device: torch.device) -> dict[str, Callable[..., None]]:
-    """Each op's launch for tensors on `device`. An op that `backend` does not have at all gets its "auto" launch.
+    """Each op's launch for tensors on `device`. An op that `backend` does not have at all gets its "auto" launch: with
+    "triton", which has the four Medusa ops, the others run in CUDA on NVIDIA GPUs and in PyTorch on AMD's.
 
     A launch takes checked tensors and allocated outputs, in the order of `reference/<op>.py`.
 

@@ -1,0 +1,83 @@
+"""Triton beyond the interpreted matrix: every kernel compiles for absent GPUs, and an engine can ask for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa_kernels import _backends, launches
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {
+    name
+    for path in (ROOT / "medusa_kernels" / "triton").glob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+}
+SHARED_BYTES = {"sm_90": 227 << 10, "gfx942": 64 << 10}  # that one program may have
+COVERED = ("tree_attention", "draft_heads", "verify_tree", "compact_kv")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own: whether Triton interprets is settled when it is imported."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": path} | environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("target", SHARED_BYTES)
+def test_every_kernel_compiles_without_spills(target):
+    done = python("-m", "bench.triton_aot", "--targets", target, "--brief", "--json", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= SHARED_BYTES[target], row
+        assert row["registers"] > 0, row
+
+
+@needs_triton
+def test_what_is_interpreted_is_not_compiled():
+    done = python("-m", "bench.triton_aot", TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET must not be 1" in done.stderr
+
+
+def test_without_triton_the_backend_says_so():
+    code = """
+import sys, torch
+sys.modules["triton"] = None
+import medusa_kernels as mk
+try:
+    mk.compact_kv(torch.zeros(1, 2, 1, 4, 1, 8), *[torch.zeros(s, dtype=torch.int32) for s in ((1, 1), 1, 1)],
+                  backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    done = python("-c", code)
+    assert re.fullmatch(
+        r"backend 'triton' is not available for compact_kv: Triton cannot be imported \(.+\); "
+        r"run `pip install triton`\n",
+        done.stdout,
+    ), done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no GPU")
+def test_an_engine_s_other_ops_are_those_of_auto():
+    device = torch.device("cpu")
+    triton, auto = (launches.resolve_all(name, device) for name in ("triton", "auto"))
+    for op, launch in triton.items():
+        assert isinstance(launch, _backends.Lazy) if op in COVERED else launch is auto[op]
