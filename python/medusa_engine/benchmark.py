@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import medusa_kernels
+from medusa_kernels import Tree
 
 from .engine import Medusa
 
@@ -63,7 +64,7 @@ def compare(engine: Medusa, prompts: list[str], *, prompt_set: str, max_new_toke
         pairs.append([engine.generate(prompt, max_new_tokens, medusa=medusa) for medusa in (False, True)])
     timed = [(p.stats, m.stats) for p, m in pairs if p.stats.steps and m.stats.steps]
     plain, fast = ([pair[i] for pair in timed] for i in (0, 1))
-    steps = sum(s.steps for s in fast)
+    steps, tree = sum(s.steps for s in fast), engine.tree(1)
     return {
         "benchmark": "decoding",
         "prompts": prompt_set,
@@ -71,8 +72,8 @@ def compare(engine: Medusa, prompts: list[str], *, prompt_set: str, max_new_toke
         "max_new_tokens": max_new_tokens,
         "backend": engine.backend,
         "dtype": engine.dtype,
-        "tree_nodes": engine.tree(1).num_nodes,
-        "tree": engine.tree(1).choices,
+        "tree_nodes": tree.num_nodes,
+        "tree": tree.choices if isinstance(tree, Tree) else tree.name,
         "equal_texts": sum(p.token_ids == m.token_ids for p, m in pairs),
         "new_tokens": sum(s.new_tokens for s in fast),
         "steps": steps,
@@ -93,10 +94,18 @@ def where() -> dict:
         "cuda": torch.version.cuda if on_gpu else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "medusa_kernels": version("medusa-kernels"),
+        "medusa_kernels": installed_version("medusa-kernels"),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def installed_version(package: str) -> str | None:
+    """None where a source tree is run without an installation."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def append_row(path: Path, row: dict) -> None:

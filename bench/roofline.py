@@ -1,0 +1,347 @@
+"""How near the CPU engine is to the machine's limits: `python -m bench.roofline --help`.
+
+Three tables per dtype, for SmolLM2-135M: each op of a step, the whole step against the tree's nodes (drafting
+included), and tokens per second against the context. Bytes are those that come from memory, weights and K/V; what lies
+in the caches counts nothing. The limit is the larger of two times: of the bytes, at the read bandwidth, and of the
+operations, at the speed of PyTorch's fp32 matrix product (times four for int8: VNNI does four products where FMA does
+one), both the best of this very run. Set OMP_WAIT_POLICY=PASSIVE, or PyTorch's threads spin while ours work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import _timing, ops, quality
+from medusa_engine import Medusa
+from medusa_engine.benchmark import append_row, where
+from medusa_engine.config import ModelConfig
+from medusa_engine.decode import Decoder
+from medusa_engine.draft import MedusaDrafter
+from medusa_engine.heads import MedusaHeads
+from medusa_engine.tree_choice import choose_tree
+from medusa_kernels import Tree, pack_linear
+from medusa_kernels._backends import _C
+
+DTYPES = ("float32", "bfloat16", "int8")
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+CACHE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}
+INT8_SPEED = 4  # times fp32
+OF_WEIGHTS = ("linear", "draft_heads")  # the ops that int8 makes cheaper
+NODES = (1, 2, 4, 6, 8, 16, 32, 64)
+CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
+NEW_TOKENS = 64  # at the end of each context
+STEPS_IN_TURN = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """All calls of one op and shape in a step. `dims` are bench.ops's; bytes and operations are those of one call."""
+
+    name: str
+    op: str
+    dims: Mapping[str, int | str]
+    calls: int
+    bytes: int = 0
+    operations: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes and operations per second, of fp32."""
+
+    bandwidth: float
+    speed: float
+
+    def seconds(self, parts: Sequence[Part], dtype: str) -> float:
+        """What these parts of a step take at the least."""
+        size, _ = totals(parts)
+        faster = INT8_SPEED if dtype == "int8" else 1
+        computing = sum(p.operations * p.calls / (faster if p.op in OF_WEIGHTS else 1) for p in parts)
+        return max(size / self.bandwidth, computing / self.speed)
+
+
+def step_parts(c: ModelConfig, heads: MedusaHeads | None, dtype: str, *, nodes: int, context: int) -> list[Part]:
+    """A step of one sequence, part by part; the heads run where there is more than the root."""
+    d, layers, hidden = c.head_dim, c.num_layers, c.hidden_size
+    attention = {"n": nodes, "heads": c.num_heads, "kv_heads": c.num_kv_heads, "head_dim": d, "prefix": context}
+    kv_row = 2 * c.num_kv_heads * d * CACHE_BYTES[dtype]
+
+    def linear(name: str, inputs: int, outputs: int, calls: int, rows: int = nodes) -> Part:
+        size = _matrix_bytes(inputs, outputs, dtype)
+        dims = {"rows": rows, "inputs": inputs, "outputs": outputs}
+        return Part(name, "linear", dims, calls, size, 2 * rows * inputs * outputs)
+
+    parts = [
+        Part("norms", "rms_norm", {"rows": nodes, "hidden": hidden}, 2 * layers + 1),
+        linear("q, k, v", hidden, (c.num_heads + 2 * c.num_kv_heads) * d, layers),
+        Part("rotary, K/V append", "rotary_append", attention, layers),
+        Part("attention", "tree_attention", attention, layers, kv_row * (context + nodes),
+             4 * nodes * c.num_heads * d * (context + nodes)),
+        linear("attention out", c.num_heads * d, hidden, layers),
+        linear("gate, up", hidden, 2 * c.intermediate_size, layers),
+        Part("SiLU x up", "silu_mul", {"rows": nodes, "ffn": c.intermediate_size}, layers),
+        linear("down", c.intermediate_size, hidden, layers),
+        linear("LM head", hidden, c.vocab_size, 1),
+        Part("acceptance", "verify_tree", {"n": nodes, "vocab": c.vocab_size, "mode": "greedy"}, 1),
+    ]  # fmt: skip
+    if nodes == 1 or heads is None:
+        return parts
+    if heads.root_weight is not None:
+        parts.append(linear("heads' root", hidden, hidden, 1, rows=1))
+    vocab = heads.draft_vocab_size or c.vocab_size
+    blocks = heads.num_heads * heads.num_layers
+    own = heads.lm_head_weight is not None and heads.lm_head_weight.ndim == 3
+    lm_heads = heads.num_heads if own else 1
+    dims = {"heads": heads.num_heads, "layers": heads.num_layers, "hidden": hidden, "vocab": vocab, "top_k": 10}
+    size = blocks * _matrix_bytes(hidden, hidden, dtype) + lm_heads * _matrix_bytes(hidden, vocab, dtype)
+    products = hidden * (blocks * hidden + heads.num_heads * vocab)
+    parts.append(Part("draft heads", "draft_heads", {**dims, "own": own}, 1, size, 2 * products))
+    moved = {"layers": layers, "kv_heads": c.num_kv_heads, "head_dim": d, "moved": 1}
+    parts.append(Part("compaction", "compact_kv", moved, 1))
+    return parts
+
+
+def _matrix_bytes(inputs: int, outputs: int, dtype: str) -> int:
+    scales = 4 * outputs if dtype == "int8" else 0
+    return inputs * outputs * WEIGHT_BYTES[dtype] + scales
+
+
+def totals(parts: Sequence[Part]) -> tuple[int, int]:
+    """Bytes and operations of a whole step."""
+    return sum(p.bytes * p.calls for p in parts), sum(p.operations * p.calls for p in parts)
+
+
+def rounds(calls: Mapping[object, Callable[[], object]], number: int, *, in_turn: int = 1) -> dict:
+    """Seconds of every call, `number` times A A B B C C ...: in turn, so that a busy moment hits all of them.
+
+    With several in turn the first is not timed: it finds the caches as another left them.
+    """
+    taken = {name: [] for name in calls}
+    for done in tqdm(range(number + 1), desc="rounds", disable=None, leave=False):
+        for name, call in calls.items():
+            for turn in range(in_turn + (in_turn > 1)):
+                start = time.perf_counter()
+                call()
+                seconds = time.perf_counter() - start
+                if done and (turn or in_turn == 1):  # the first round warms up
+                    taken[name].append(seconds)
+    return taken
+
+
+def part_call(part: Part, dtype: str) -> Callable[[], None]:
+    """All of the part's calls in a step, each on weights and K/V of its own as in the model.
+
+    Raises:
+        ValueError: the op's result is not the reference's.
+    """
+    storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}[dtype]
+    maker = ops.Maker("cpu", torch.int8 if dtype == "int8" and part.op == "linear" else storage)
+    copies = part.calls if part.op in ("linear", "tree_attention", "rotary_append") else 1
+    runs = []
+    for copy in range(copies):
+        work = getattr(maker, part.op)(**part.dims)
+        if part.op == "draft_heads":
+            x, blocks, bias, lm_head, *rest = work.arguments
+            work.packed = (x, pack_linear(blocks, dtype), bias, pack_linear(lm_head, dtype), *rest)
+        run = ops.call(part.op, "cpu", "cpu", work)
+        # Top-k tokens of int8 weights are not those of the weights they come from: bench.quality judges these.
+        if not copy and not (part.op == "draft_heads" and dtype == "int8"):
+            reference = ops.call(part.op, "reference", "cpu", work)
+            if problem := ops.failure(work, run, reference, maker.dtype):
+                raise ValueError(f"{part.name} ({part.op}, {dtype}): {problem}")
+        runs.append(run)
+
+    def call() -> None:
+        for at in range(part.calls):
+            runs[at % copies]()
+
+    return call
+
+
+def op_table(parts: Sequence[Part], dtype: str, limits: Limits, number: int) -> list[dict]:
+    """A row per part: its bytes, operations, time and share of the limit, all of a whole step."""
+    taken = rounds({part.name: part_call(part, dtype) for part in parts}, number)
+    return [
+        {"part": part.name, "op": part.op, "calls": part.calls}
+        | _measured([part], statistics.median(taken[part.name]), dtype, limits)
+        for part in parts
+    ]
+
+
+def _measured(parts: Sequence[Part], seconds: float, dtype: str, limits: Limits) -> dict:
+    size, operations = totals(parts)
+    return {
+        "bytes": size,
+        "operations": operations,
+        "us": seconds * 1e6,
+        "gb_per_s": size / seconds / 1e9,
+        "percent_of_limit": 100 * limits.seconds(parts, dtype) / seconds,
+    }
+
+
+def step_table(engine: Medusa, nodes: Sequence[int], context: int, limits: Limits, number: int) -> list[dict]:
+    """A row per tree: what a step costs behind `context` tokens, from the heads to the compacted cache."""
+    drafter, dtype = MedusaDrafter(engine.model, engine.heads), engine.dtype
+    ids, decoders = prose(engine, context), {}
+    for n in nodes:
+        tree = Tree.from_choices([]) if n == 1 else choose_tree(n, drafter, device=engine.model.device, batch=1)
+        decoders[n] = Decoder(engine.model, drafter, tree, batch=1, max_seqlen=context + 64)
+        decoders[n].start([ids], None)
+
+    def step(decoder: Decoder) -> Callable[[], None]:
+        def call() -> None:
+            decoder.step()
+            decoder.cache.seqlens.fill_(context)
+
+        return call
+
+    taken = rounds({n: step(decoder) for n, decoder in decoders.items()}, number, in_turn=STEPS_IN_TURN)
+    medians = {n: statistics.median(times) for n, times in taken.items()}
+    rows = []
+    for n, seconds in medians.items():
+        parts = step_parts(engine.model.config, engine.heads, dtype, nodes=n, context=context)
+        times = {"times_one_node": seconds / medians[1] if 1 in medians else None}
+        rows.append({"nodes": n, "context": context} | _measured(parts, seconds, dtype, limits) | times)
+    return rows
+
+
+def context_table(engine: Medusa, contexts: Sequence[int], number: int) -> list[dict]:
+    """A row per context: decode tokens per second of what follows that many tokens of prose."""
+    speeds: dict[tuple[int, bool], list[float]] = {(c, medusa): [] for c in contexts for medusa in (False, True)}
+    steps: dict[int, float] = {}
+    with tqdm(total=number * len(speeds), desc="contexts", disable=None, leave=False) as bar:
+        for _ in range(number):
+            for context, medusa in speeds:
+                ids = prose(engine, context)
+                stats = engine.generate(ids, NEW_TOKENS, medusa=medusa, ignore_eos=True).stats
+                speeds[context, medusa].append(stats.tokens_per_second)
+                if medusa:
+                    steps[context] = stats.tokens_per_step
+                bar.update()
+    return [
+        {
+            "context": context,
+            "plain_tokens_per_second": statistics.median(speeds[context, False]),
+            "medusa_tokens_per_second": statistics.median(speeds[context, True]),
+            "tokens_per_step": steps[context],
+        }
+        for context in contexts
+    ]
+
+
+def prose(engine: Medusa, tokens: int) -> list[int]:
+    """The first tokens of bench.quality's prose."""
+    ids = engine.tokenizer.encode("\n\n".join(quality.texts("prose")))
+    if len(ids) < tokens:
+        raise ValueError(f"the prose has {len(ids)} tokens, fewer than a context of {tokens}")
+    return ids[:tokens]
+
+
+def measure(args: argparse.Namespace) -> Iterator[dict]:
+    """A results row per dtype."""
+    limits = Limits(_timing.bandwidth("cpu"), _timing.flops("cpu"))
+    longest = max((args.step_context, *args.contexts)) + NEW_TOKENS
+    for dtype in args.dtypes:
+        engine = Medusa.from_pretrained(backend="cpu", dtype=dtype, max_seqlen=longest)
+        config, heads = engine.model.config, engine.heads
+        parts = {n: step_parts(config, heads, dtype, nodes=n, context=args.step_context) for n in args.ops}
+        yield {
+            "benchmark": "roofline",
+            "dtype": dtype,
+            "bandwidth_gb_per_s": limits.bandwidth / 1e9,
+            "gflop_per_s": limits.speed / 1e9,
+            "int8_times_gflop_per_s": INT8_SPEED,
+            "ops": {n: op_table(p, dtype, limits, args.rounds) for n, p in parts.items()},
+            "steps": step_table(engine, args.nodes, args.step_context, limits, args.rounds),
+            "contexts": context_table(engine, args.contexts, math.ceil(args.rounds / 10)),
+            **where(),
+            "threads": args.threads,
+        }
+
+
+def lines(row: dict) -> Iterator[str]:
+    """The tables of a results row as text."""
+    yield (
+        f"{row['device']}, {row['threads']} threads, {row['dtype']}: {row['bandwidth_gb_per_s']:.1f} GB/s, "
+        f"{row['gflop_per_s']:.0f} GFLOP/s in fp32"
+    )
+    for nodes, parts in row["ops"].items():
+        whole = sum(p["us"] for p in parts)
+        yield f"\nops of a step, {nodes} nodes{'':7}calls       MB    Mflop       us   GB/s  % of limit  % of time"
+        for p in parts:
+            limits = f"{p['gb_per_s']:6.1f} {p['percent_of_limit']:11.0f}" if p["bytes"] else ""
+            yield (
+                f"{p['part']:20} {p['op']:14} {p['calls']:3} {p['bytes'] / 1e6:8.2f} {p['operations'] / 1e6:8.1f} "
+                f"{p['us']:8.1f} {limits:18} {100 * p['us'] / whole:10.1f}"
+            )
+    if row["steps"]:
+        yield "\nwhole step   nodes       MB    Mflop       ms   GB/s  % of limit  x one node"
+        for s in row["steps"]:
+            times = "" if s["times_one_node"] is None else f"{s['times_one_node']:11.2f}"
+            yield (
+                f"{'':12} {s['nodes']:5} {s['bytes'] / 1e6:8.1f} {s['operations'] / 1e6:8.0f} {s['us'] / 1e3:8.2f} "
+                f"{s['gb_per_s']:6.1f} {s['percent_of_limit']:11.0f} {times}"
+            )
+    if row["contexts"]:
+        yield "\ncontext   plain tokens/s   Medusa tokens/s   tokens/step"
+        for c in row["contexts"]:
+            yield (
+                f"{c['context']:7} {c['plain_tokens_per_second']:16.1f} {c['medusa_tokens_per_second']:17.1f} "
+                f"{c['tokens_per_step']:13.2f}"
+            )
+    yield ""
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """ "1,8" -> (1, 8); an empty text leaves a table out."""
+    words = [word for word in text.split(",") if word]
+    if not all(word.isdigit() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(f"must be whole numbers of at least 1 with commas between, not {text!r}")
+    return tuple(map(int, words))
+
+
+def dtype_names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in DTYPES]:
+        raise argparse.ArgumentTypeError(f"no dtype {unknown[0]!r}; there are {', '.join(DTYPES)}")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtypes", type=dtype_names, default=("bfloat16", "int8"), help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--ops", type=whole_numbers, default=(1, 8), help="nodes of the table of ops")
+    parser.add_argument("--nodes", type=whole_numbers, default=NODES, help="nodes of the table of steps")
+    parser.add_argument("--contexts", type=whole_numbers, default=CONTEXTS, help="tokens before the decoded ones")
+    parser.add_argument("--step-context", type=int, default=256, help="context of the ops and the steps")
+    parser.add_argument("--rounds", type=int, default=30, help="of ops and steps; contexts take a tenth")
+    parser.add_argument("--threads", type=int, default=_C.cpu.num_threads())
+    parser.add_argument("--output", type=Path, help="append a results row per dtype to this JSONL file")
+    parser.add_argument("--json", action="store_true", dest="as_json")
+    args = parser.parse_args(argv)
+    for name in ("rounds", "threads", "step_context"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    _C.cpu.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
+    try:
+        for row in measure(args):
+            print(json.dumps(row) if args.as_json else "\n".join(lines(row)), flush=True)
+            if args.output:
+                append_row(args.output, row)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
