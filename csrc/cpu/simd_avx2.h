@@ -69,6 +69,12 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
   even.v = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
 }
+// The inverse: lanes in turn from each.
+inline void merge_pairs(Vec even, Vec odd, Vec& low, Vec& high) {
+  const __m256 a = _mm256_unpacklo_ps(even.v, odd.v), b = _mm256_unpackhi_ps(even.v, odd.v);
+  low.v = _mm256_permute2f128_ps(a, b, 0x20);
+  high.v = _mm256_permute2f128_ps(a, b, 0x31);
+}
 
 inline void transpose(Vec (&m)[8]) {
   __m256 a[8], b[8];

@@ -53,6 +53,12 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
   even.v = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
   odd.v = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
 }
+// The inverse: lanes in turn from each.
+inline void merge_pairs(Vec even, Vec odd, Vec& low, Vec& high) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low.v = _mm512_permutex2var_ps(even.v, first, odd.v);
+  high.v = _mm512_permutex2var_ps(even.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), odd.v);
+}
 
 inline void transpose(Vec (&m)[16]) {
   __m512 a[16], b[16];

@@ -123,6 +123,11 @@ inline void split_pairs(Vec pairs, Vec& even, Vec& odd) {
   even = load(evens);
   odd = load(odds);
 }
+// The inverse: lanes in turn from each.
+inline void merge_pairs(Vec even, Vec odd, Vec& low, Vec& high) {
+  low.v = Floats{even.v[0], odd.v[0], even.v[1], odd.v[1]};
+  high.v = Floats{even.v[2], odd.v[2], even.v[3], odd.v[3]};
+}
 
 inline void transpose(Vec (&m)[4]) {
   for (int i = 0; i < 4; ++i) {
