@@ -7,7 +7,7 @@ VENV   ?= .venv
 BIN     := $(VENV)/bin
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format install all-arch clean
+.PHONY: demo test sanitize lint format install all-arch gpu clean
 
 demo: install
 	$(BIN)/medusa models fetch
@@ -48,9 +48,28 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-# Every architecture that the CUDA kernels support, compiled; needs nvcc 13.
-all-arch: $(VENV)/.installed
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, their threads under ThreadSanitizer.
+sanitize: $(VENV)/.installed-dev
+	for check in address thread; do \
+	  folder=build/sanitize-$$check && \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $$folder -G Ninja -DMEDUSA_SANITIZE=$$check && \
+	  $(BIN)/cmake --build $$folder && $$folder/sanitize || exit 1; \
+	done
+
+# Every architecture that the CUDA and the Triton kernels support, compiled; needs nvcc 13, but no GPU. The Triton
+# kernels' registers, spills and shared memory go to bench/results/triton-aot.jsonl.
+all-arch: $(VENV)/.installed-test
+	$(BIN)/python -m bench.triton_aot --targets sm_80,sm_90,sm_100,gfx942 --record
 	MEDUSA_CUDA=on MEDUSA_CUDA_ARCHS="80;86;89;90;100;120" $(BIN)/python -m pip install --quiet --editable .
+
+# Everything that needs a GPU, in one call of less than ten minutes, with the Python and the packages that are there:
+# nothing is fetched, and only the GPU at hand is compiled for. Options: make gpu GPU="--only quick,kernels"
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	if archs=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader); then \
+	  MEDUSA_CUDA=on MEDUSA_CUDA_ARCHS="$$(echo "$$archs" | sort -u | tr -d . | paste -sd ';')" \
+	  $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .; fi
+	PYTHONPATH=.:python $(GPU_PYTHON) -m bench.gpu $(GPU)
 
 clean:
 	rm -rf build $(VENV) medusa_kernels/_C*.so

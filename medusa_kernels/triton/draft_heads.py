@@ -1,6 +1,6 @@
-"""draft_heads: a launch per residual block, all heads together, then one for the LM heads. A program of the latter takes
-a slice of the vocabulary, keeps each row's best candidates and its share of the normaliser, and drops the logits; a last
-launch merges the slices. Rows count head by head: head * batch + b.
+"""draft_heads: a launch per residual block, all heads together, then one for the LM heads. A program of the latter
+takes a slice of the vocabulary, keeps each row's best candidates and its share of the normaliser, and drops the logits;
+a last launch merges the slices. Rows count head by head: head * batch + b.
 """
 
 import torch

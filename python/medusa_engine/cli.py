@@ -46,6 +46,12 @@ def _model_options(command):
         ),
         click.option("--heads", help="Medusa heads: a folder, a file or a hub id."),
         click.option(
+            "--draft",
+            default="medusa",
+            show_default=True,
+            help="Where guesses come from: medusa, prompt-lookup, first-layers:N, or a smaller model's path.",
+        ),
+        click.option(
             "--tree", default="auto", show_default=True, help="'auto', a number of nodes, a name, or choices as JSON."
         ),
         click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, cuda or triton."),
@@ -55,19 +61,31 @@ def _model_options(command):
     ]
 
     @functools.wraps(command)
-    def wrapper(model, heads, tree, backend, device, dtype, max_seqlen, **rest):
+    def wrapper(model, heads, draft, tree, backend, device, dtype, max_seqlen, **rest):
         def load():
             from .engine import Medusa
 
             return Medusa.from_pretrained(
-                model, heads, backend=backend, device=device, dtype=dtype, tree=parse_tree(tree), max_seqlen=max_seqlen
+                model,
+                heads,
+                draft=draft,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+                tree=parse_tree(tree),
+                max_seqlen=max_seqlen,
             )
 
         return command(load=load, **rest)
 
+    return _with(options, wrapper)
+
+
+def _with(options, command):
+    """The command with these options, listed in this order by --help."""
     for option in reversed(options):
-        wrapper = option(wrapper)
-    return wrapper
+        command = option(command)
+    return command
 
 
 def parse_tree(text: str) -> str | int | list:
@@ -82,15 +100,23 @@ def parse_tree(text: str) -> str | int | list:
         raise ValueError(f"--tree is no valid JSON list of choices: {error}") from None
 
 
+def _sampling_options(command):
+    """Options that say how tokens are chosen: keywords of `Medusa.generate`."""
+    options = [
+        click.option("--mode", default="greedy", show_default=True, help="greedy, typical or lossless."),
+        click.option("--temperature", type=float, default=1.0, show_default=True),
+        click.option("--top-p", type=float, default=1.0, show_default=True),
+        click.option("--top-k", type=int, default=0, show_default=True),
+        click.option("--seed", type=int, help="Reproduces a sampled text."),
+    ]
+    return _with(options, command)
+
+
 @_command(cli, 'medusa generate "Why is the sky blue?" --compare')
 @click.argument("prompt")
 @_model_options
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
-@click.option("--mode", default="greedy", show_default=True, help="greedy, typical or lossless.")
-@click.option("--temperature", type=float, default=1.0, show_default=True)
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True)
-@click.option("--seed", type=int, help="Reproduces a sampled text.")
+@_sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
 @click.option("--no-medusa", is_flag=True, help="Plain decoding by the same kernels.")
@@ -166,26 +192,154 @@ def _as_dict(output) -> dict:
     }
 
 
+def _prompt_options(command):
+    """Options that choose a prompt set and how far to answer each prompt."""
+    options = [
+        click.option(
+            "--prompts", default="chat", show_default=True, help="'chat', 'humaneval', or a text file with one a line."
+        ),
+        click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT prompts only."),
+        click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True),
+    ]
+    return _with(options, command)
+
+
 @_command(cli, "medusa bench --prompts chat --limit 20 --tree 16")
 @_model_options
+@_prompt_options
 @click.option(
-    "--prompts", default="chat", show_default=True, help="'chat', 'humaneval', or a text file with one a line."
+    "--drafts",
+    metavar="SOURCE[@TREE],...",
+    help="Compare several sources of guesses, each as --draft and --tree take it: medusa,medusa@chain-4,prompt-lookup.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT prompts only.")
-@click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append the results row to this JSONL file."
 )
 @click.option("--json", "as_json", is_flag=True, help="The results row as JSON instead of a table.")
-def bench(load, prompts, limit, max_new_tokens, output, as_json) -> None:
+def bench(load, prompts, limit, max_new_tokens, drafts, output, as_json) -> None:
     """Plain decoding and Medusa over a prompt set, prompt by prompt in turn."""
+    from . import draft_benchmark
     from .benchmark import append_row, compare, load_prompts, table
 
     texts = load_prompts(prompts)[:limit]
-    row = compare(load(), texts, prompt_set=prompts, max_new_tokens=max_new_tokens)
+    options = {"prompt_set": prompts, "max_new_tokens": max_new_tokens}
+    if drafts is None:
+        row = compare(load(), texts, **options)
+    else:
+        pairs = [source.partition("@") for source in drafts.split(",")]
+        sources = [(draft, parse_tree(tree or "auto")) for draft, _, tree in pairs]
+        row = draft_benchmark.compare_drafts(load(), sources, texts, **options)
     if output:
         append_row(output, row)
-    click.echo(json.dumps(row) if as_json else table(row))
+    click.echo(json.dumps(row) if as_json else table(row) if drafts is None else draft_benchmark.table(row))
+
+
+@_command(cli, "medusa verify --prompts chat --limit 20 --transformers")
+@_model_options
+@_prompt_options
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Prompts decoded at once.")
+@click.option("--transformers", "beside", is_flag=True, help="Compare plain decoding with transformers too.")
+@click.option("--json", "as_json", is_flag=True, help="Counts and differences as JSON.")
+def verify(load, prompts, limit, max_new_tokens, batch, beside, as_json) -> int:
+    """Is Medusa's greedy text plain decoding's? Every first difference, and what it is.
+
+    Exit code 0: all token ids are equal, and the logits up to rounding (on the CPU: bit for bit). 3: some texts part at
+    a near-tie that rounding explains, all others are equal. 1: a difference that only a bug explains.
+    """
+    from . import divergence
+    from .benchmark import load_prompts
+
+    texts = load_prompts(prompts)[:limit]
+    engine = load()
+    theirs = divergence.Transformers(click.get_current_context().params["model"], engine) if beside else None
+    result = divergence.verify(engine, texts, max_new_tokens, transformers=theirs, batch=batch)
+    click.echo(json.dumps({"prompts": prompts, **result}) if as_json else divergence.report(result, texts))
+    return divergence.EXIT_CODES[result["verdict"]]
+
+
+@_command(cli, "medusa calibrate --batch 1 --batch 4")
+@_model_options
+@_prompt_options
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Sequences decoded at once; may be given several times.",
+)
+@click.option("--context", type=int, help="Tokens before the steps that are timed; default: min(256, --max-seqlen).")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Samples of each median.")
+@click.option("--store", is_flag=True, help="Write the temperatures to config.json of your own heads too.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG; default: beside the calibration.")
+@click.option("--json", "as_json", is_flag=True, help="All measurements as JSON instead of a table.")
+def calibrate(load, prompts, limit, max_new_tokens, batches, context, rounds, store, plot, as_json) -> None:
+    """Measure steps and heads on this machine, and let --tree auto be the fastest tree.
+
+    The result is kept in the cache for this machine, model, heads and dtype. It also holds a temperature for each head,
+    which makes the heads' probabilities honest. What Ctrl-C leaves undone is taken up where it was.
+    """
+    from . import calibrate as measure
+    from . import calibration_report as report
+    from .benchmark import load_prompts
+
+    texts = load_prompts(prompts)[:limit]
+    given = click.get_current_context().params
+    heads = measure.check_storable(given["heads"] or given["model"]) if store else None
+    draws = report.has_matplotlib(required=plot is not None)
+    path, found = measure.calibrate(
+        load(),
+        texts,
+        prompt_set=prompts,
+        max_new_tokens=max_new_tokens,
+        batches=batches,
+        context=context,
+        rounds=rounds,
+        label=given["model"],
+    )
+    if heads:
+        measure.store_temperatures(heads, found.temperatures)
+    plot = (plot or path.with_suffix(".png")) if draws else None
+    if plot:
+        report.plot(found, plot)
+    if as_json:
+        files = {"calibration": str(path), "plot": plot and str(plot)}
+        click.echo(json.dumps({**files, **report.as_dict(found)}))
+    else:
+        click.echo(f"{report.table(found)}\nwritten to {path}" + (f" and {plot}" if plot else ""))
+
+
+@_command(cli, 'medusa trace "Why is the sky blue?" -o trace.html')
+@click.argument("prompt")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("trace.html"),
+    show_default=True,
+    help="The page to write.",
+)
+@_model_options
+@click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True)
+@_sampling_options
+@click.option("--no-chat", is_flag=True, help="Leave out the chat template.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
+def trace(load, prompt, output, max_new_tokens, no_chat, as_json, **options) -> None:
+    """Answer PROMPT and write one HTML page that shows every step: what was guessed, and what became of it.
+
+    The page needs no server and no network.
+    """
+    from .sampling import SamplingOptions
+    from .trace import page, record, summary
+
+    recorded = record(load(), prompt, max_new_tokens, SamplingOptions(**options), chat=not no_chat)
+    output.write_text(page(recorded), encoding="utf-8")
+    found = {"page": str(output), **summary(recorded)}
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        click.echo("{page}: {new_tokens} tokens, {steps} steps, {tokens_per_step:.2f} tokens per step".format(**found))
 
 
 @_command(cli, "medusa train runs/my-heads --positions 1000000")
@@ -244,14 +398,29 @@ def tree(context) -> None:
 
 @_command(tree, "medusa tree show 4x3x2")
 @click.argument("name")
+@click.option(
+    "--svg",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Draw it and its mask as SVG; without FILE, print it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Choices, parents and depths as JSON.")
-def show(name, as_json) -> None:
+def show(name, svg, as_json) -> None:
     """Print the tree NAME: a named tree, chain-K, AxBxC, or choices as JSON."""
     from medusa_kernels import Tree
 
     parsed = parse_tree(name)
     chosen = Tree.from_choices(parsed) if isinstance(parsed, list) else Tree.named(name)
-    if as_json:
+    if svg:
+        from .tree_svg import draw
+
+        picture = draw(chosen)
+        if svg != "-":
+            Path(svg).write_text(picture, encoding="utf-8")
+            picture = svg
+        click.echo(json.dumps({"svg": picture}) if as_json else picture, nl=as_json or svg != "-")
+    elif as_json:
         fields = {"choices": chosen.choices, "parents": chosen.parents.tolist(), "depths": chosen.depths.tolist()}
         click.echo(json.dumps(fields))
     else:

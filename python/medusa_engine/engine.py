@@ -1,4 +1,4 @@
-"""Medusa: a model, its heads and a tree, ready to generate."""
+"""Medusa: a model, its heads or another source of guesses, and a tree, ready to generate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from medusa_kernels import Tree
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .decode import Decoder
-from .draft import MedusaDrafter
+from .draft_choice import choose_drafter
+from .dynamic_tree import DynamicTree
 from .heads import MedusaHeads, heads_from_tensors
 from .heads_files import base_model_of, is_heads_only, load_heads
 from .model import DTYPES, Model
@@ -23,28 +24,39 @@ from .tree_choice import choose_tree
 
 DEFAULT_HEADS = Path(__file__).parent / "smollm2_heads"
 DEFAULT_MAX_SEQLEN = 4096
+# The last step may begin at max_seqlen - 1 and its deepest node stands at most 255 positions further.
+SPARE_POSITIONS = 256
 
 Prompt = str | Sequence[int]
 
 
 class Medusa:
-    """Generates text with a Llama-family model, several tokens a step where Medusa heads are there.
+    """Generates text with a Llama-family model, several tokens a step where something guesses ahead.
 
     Build one with `from_pretrained`. Not thread-safe: one call at a time.
 
     Attributes:
         model, tokenizer: the base model and its tokenizer.
-        heads: the Medusa heads, or None: plain decoding only.
+        heads: the Medusa heads, or None.
         backend, dtype: as chosen; "auto" and None resolved.
         max_seqlen: prompt + new tokens at most.
     """
 
-    def __init__(self, checkpoint: Checkpoint, heads: MedusaHeads | None, model: Model, tree: object, max_seqlen: int):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        heads: MedusaHeads | None,
+        model: Model,
+        tree: object,
+        max_seqlen: int,
+        draft: str | os.PathLike = "medusa",
+    ):
         self.model, self.tokenizer, self.heads, self.max_seqlen = model, checkpoint.tokenizer, heads, max_seqlen
         self.backend, self.dtype = model.backend, model.dtype_name
         self._eos = tuple(checkpoint.config.eos_token_ids) or tuple(self.tokenizer.eos_token_ids)
-        self._drafter = None if heads is None else MedusaDrafter(model, heads)
-        self._tree = tree
+        self._checkpoint, self._tree = checkpoint, tree
+        positions = max_seqlen + SPARE_POSITIONS
+        self._drafter = choose_drafter(draft, model, checkpoint, heads, max_positions=positions)
         if self._drafter is not None:
             self.tree(1)  # a bad tree is an error now, not at the first prompt
         self._decoders: dict[bool, Decoder] = {}
@@ -55,36 +67,41 @@ class Medusa:
         model: str | os.PathLike = "default",
         heads: str | os.PathLike | None = None,
         *,
-        draft: str = "medusa",
+        draft: str | os.PathLike = "medusa",
         backend: str = "auto",
         device: str | torch.device | None = None,
         dtype: str | None = None,
         tree: str | int | Sequence[Sequence[int]] | Tree = "auto",
         max_seqlen: int | None = None,
     ) -> Medusa:
-        """Loads a model and its Medusa heads.
+        """Loads a model and what guesses ahead of it: its Medusa heads, or another source.
 
         Args:
             model: "default" (SmolLM2-135M-Instruct and the heads shipped for it, fetched when missing), a folder, a
                 .gguf file or a hub id. A folder that holds only heads stands for them and the base model they name.
             heads: a folder, file or hub id. None with another model: the Medusa-2 heads inside it, else plain
-            decoding only. draft: "medusa".
+                decoding only.
+            draft: where the guesses come from. "medusa": the heads. "prompt-lookup": what followed the last time the
+                text said the same; needs no model. "first-layers:N": the model's own first N layers. A folder, .gguf
+                file or hub id: a smaller model of the same tokenizer. All but "medusa" guess a chain.
             backend: "auto", "reference", "cpu", "cuda" or "triton".
             device: None is CUDA where `backend` can run there and a GPU is present, else the CPU.
             dtype: "float32", "bfloat16", "float16" (CUDA) or "int8" (CPU); None is "bfloat16". On the CPU bfloat16
                 means bf16 weights and K/V with fp32 activations and sums.
-            tree: "auto", a name (`Tree.names()`), choices, a Tree, or the most nodes it may have, the root counted.
+            tree: "auto", a name (`Tree.names()`), choices, a Tree, or the most nodes it may have, the root counted; cut
+                to what `draft` can fill. "dynamic-N": at each step the N nodes that the heads find most probable.
             max_seqlen: prompt + new tokens at most; None is min(context, 4096).
 
         Raises:
             ValueError: an option, or a checkpoint, is not as above; the message names it.
         """
-        if draft != "medusa":
-            raise ValueError(f"draft must be 'medusa', not {draft!r}")
+        uses_heads = draft == "medusa"
+        if heads is not None and not uses_heads:
+            raise ValueError(f"heads are for draft='medusa'; with draft={draft!r} they must be None")
         device = _device(device, backend)
         dtype = _dtype(dtype, device)
         if os.fspath(model) == "default" and heads is None:
-            heads = DEFAULT_HEADS
+            heads = DEFAULT_HEADS if uses_heads else None
         elif is_heads_only(model):
             if heads is not None:
                 raise ValueError(f"model {os.fspath(model)!r} holds only Medusa heads, so heads must be None")
@@ -93,23 +110,38 @@ class Medusa:
                 raise ValueError(
                     f"model {os.fspath(model)!r} holds only Medusa heads and names no base_model_name_or_path"
                 )
-            model = base
+            model, heads = base, heads if uses_heads else None
         checkpoint = open_checkpoint(model)
         config = checkpoint.config
         max_seqlen = _max_seqlen(max_seqlen, checkpoint)
         sizes = {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
         if heads is not None:
             found = load_heads(heads, **sizes)
-        elif names := checkpoint.medusa_names():
+        elif uses_heads and (names := checkpoint.medusa_names()):
             tensors = {name: checkpoint.tensor(name) for name in names}
             found = heads_from_tensors(tensors, {}, source=str(checkpoint.path), **sizes)
         else:
             found = None
-        # The last step may begin at max_seqlen - 1 and its deepest node stands at most 255 positions further.
-        built = Model(checkpoint, backend=backend, device=device, dtype=dtype, max_positions=max_seqlen + 256)
-        return cls(checkpoint, found, built, tree, max_seqlen)
+        positions = max_seqlen + SPARE_POSITIONS
+        built = Model(checkpoint, backend=backend, device=device, dtype=dtype, max_positions=positions)
+        return cls(checkpoint, found, built, tree, max_seqlen, draft)
 
-    def tree(self, batch: int, medusa: bool = True) -> Tree:
+    def with_draft(
+        self, draft: str | os.PathLike, *, tree: str | int | Sequence[Sequence[int]] | Tree = "auto"
+    ) -> Medusa:
+        """An engine on the same weights, not loaded again, with another source of guesses or another tree.
+
+        Args:
+            draft, tree: as `from_pretrained` takes them. "medusa" needs an engine that was loaded with its heads.
+
+        Raises:
+            ValueError: they are not as above.
+        """
+        if draft == "medusa" and self.heads is None:
+            raise ValueError("draft 'medusa' needs Medusa heads, and this engine was loaded without")
+        return type(self)(self._checkpoint, self.heads, self.model, tree, self.max_seqlen, draft)
+
+    def tree(self, batch: int, medusa: bool = True) -> Tree | DynamicTree:
         """The tree that a batch of this size decodes with; the root alone is plain decoding."""
         if not medusa:
             return Tree.from_choices([])
@@ -143,7 +175,7 @@ class Medusa:
             seed: an int or one per prompt; a sequence's tokens depend on its seed and its prompt alone.
             stop: a string or several; the text ends before the first one that appears.
             ignore_eos: go on after an end-of-sequence token.
-            medusa: False is plain autoregressive decoding by the same kernels.
+            medusa: False is plain autoregressive decoding by the same kernels, without guesses from any source.
             chat: False leaves out the chat template.
 
         Returns:

@@ -124,6 +124,10 @@ class Tokenizer:
             raise ValueError(f"text holds an unpaired surrogate at character {error.start}: not Unicode text") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token as the vocabulary spells it, added ones too, and its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None

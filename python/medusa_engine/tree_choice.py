@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -9,21 +10,25 @@ import torch
 from medusa_kernels import Tree, named_trees
 from medusa_kernels.tree import MAX_NODES
 
-from .draft import MedusaDrafter
+from . import calibration
+from .draft import Drafter, MedusaDrafter
+from .dynamic_tree import DynamicTree
 
 # Nodes that cost little beside the weights' own traffic, per sequence: a CPU core's arithmetic hides under about 6
 # rows, a GPU's under about 64.
 AUTO_NODES = {"cpu": 6, "cuda": 64}
+_DYNAMIC = re.compile(r"dynamic-([0-9]{1,9})")
 
 
 def choose_tree(
-    tree: str | int | Sequence[Sequence[int]] | Tree, drafter: MedusaDrafter, *, device: torch.device, batch: int
-) -> Tree:
-    """The tree meant by `tree`, cut to what the heads can fill.
+    tree: str | int | Sequence[Sequence[int]] | Tree, drafter: Drafter, *, device: torch.device, batch: int
+) -> Tree | DynamicTree:
+    """The tree meant by `tree`, cut to what the drafter can fill: a chain where it has one guess a depth.
 
     An int is the best known tree of at most that many nodes: the paths that the heads' checkpoint lists as best, a
-    search
-    over the accuracies it lists, or else Vicuna-7B's tree. "auto" shares a fixed number of rows among the sequences.
+    search over the accuracies it lists, or else Vicuna-7B's tree. "auto" is the fastest tree that `medusa calibrate`
+    found here for this batch size; where it has not measured that, a fixed number of rows is shared among the
+    sequences. "dynamic-N" is the N most probable nodes of every step under the heads' own probabilities.
 
     Raises:
         ValueError, TypeError: no such name, or choices that are no tree.
@@ -31,7 +36,11 @@ def choose_tree(
     if isinstance(tree, Tree):
         chosen = tree
     elif tree == "auto":
-        chosen = _best(max(1, AUTO_NODES[device.type] // batch), drafter)
+        chosen = _calibrated(drafter, batch) or _best(
+            max(1, min(AUTO_NODES[device.type] // batch, drafter.auto_nodes)), drafter
+        )
+    elif isinstance(tree, str) and (dynamic := _DYNAMIC.fullmatch(tree)):
+        return _dynamic(int(dynamic[1]), drafter)
     elif isinstance(tree, str):
         chosen = Tree.named(tree)
     elif isinstance(tree, int) and not isinstance(tree, bool):
@@ -41,7 +50,25 @@ def choose_tree(
     return chosen.prune(drafter.num_heads, drafter.vocab_size)
 
 
-def _best(num_nodes: int, drafter: MedusaDrafter) -> Tree:
+def _calibrated(drafter: Drafter, batch: int) -> Tree | None:
+    found = calibration.find(drafter._model, drafter) if isinstance(drafter, MedusaDrafter) else None
+    return None if found is None else found.tree(batch)
+
+
+def _dynamic(num_nodes: int, drafter: Drafter) -> Tree | DynamicTree:
+    if not 1 <= num_nodes <= MAX_NODES:
+        raise ValueError(f"tree 'dynamic-{num_nodes}' must have between 1 and {MAX_NODES} nodes")
+    if not isinstance(drafter, MedusaDrafter):
+        raise ValueError(f"tree 'dynamic-{num_nodes}' needs the probabilities of Medusa heads: draft='medusa'")
+    if num_nodes == 1:
+        return Tree.from_choices([])
+    temperatures = drafter.temperatures
+    if temperatures is None and (found := calibration.find(drafter._model, drafter)) is not None:
+        temperatures = found.temperatures
+    return DynamicTree.of(num_nodes, drafter.num_heads, drafter.vocab_size, tuple(temperatures or ()))
+
+
+def _best(num_nodes: int, drafter: Drafter) -> Tree:
     if not 1 <= num_nodes <= MAX_NODES:
         raise ValueError(f"tree as a number of nodes must be between 1 and {MAX_NODES}, not {num_nodes}")
     if drafter.paths is None and drafter.accuracy is not None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -177,7 +178,7 @@ def test_heads_from_a_folder_or_a_file():
 
 def test_a_folder_of_heads_names_its_base(tmp_path):
     heads = load_heads(counting_heads_folder())
-    named = type(heads)(heads.block_weight, None, heads.lm_head_weight, None, str(counting_folder()))
+    named = replace(heads, base_model_name_or_path=str(counting_folder()))
     save_heads(tmp_path / "named", named, dtype=torch.float32)
     engine = load(tmp_path / "named", tree="chain-3")
     assert engine.generate("a", 21).stats.tokens_per_step == 4.0
@@ -277,7 +278,10 @@ def test_too_long_is_an_error_before_any_work(monkeypatch):
 # One line for each mistake
 
 LOAD_MISTAKES = [
-    ({"draft": "magic"}, r"draft must be 'medusa', not 'magic'"),
+    (
+        {"draft": "magic", "heads": None},
+        r"draft must be 'medusa', 'prompt-lookup', 'first-layers:N' or .*, not 'magic'",
+    ),
     ({"dtype": "float8"}, r"dtype on cpu must be one of 'float32', 'bfloat16', 'int8', not 'float8'"),
     ({"dtype": "float16"}, r"dtype on cpu must be one of .*, not 'float16'"),
     ({"dtype": torch.float32}, r"dtype on cpu must be one of .*, not torch\.float32"),

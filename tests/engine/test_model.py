@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from medusa_engine import Medusa
-from medusa_engine.decode import PREFILL_CHUNK, Decoder
+from medusa_engine.decode import Decoder
 from medusa_engine.errors import CheckpointError
 from medusa_engine.model import Forward
+from medusa_engine.prefill import PREFILL_CHUNK
 from medusa_kernels import Tree
 from tests.engine.models import FOLDER, PROMPTS, continuation, random_folder, random_model, save_model, whole_logits
 

@@ -20,6 +20,8 @@ PATHS = [[0], [0, 0], [1], [0, 0, 0], [1, 0], [0, 1], [2], [2, 0], [0, 0, 1], [1
 class Drafter:
     """What `choose_tree` asks of a drafter."""
 
+    auto_nodes = 256
+
     def __init__(self, num_heads: int = 4, vocab_size: int = 100, accuracy=None, paths=None):
         self.num_heads, self.vocab_size, self.accuracy, self.paths = num_heads, vocab_size, accuracy, paths
 
