@@ -1,0 +1,198 @@
+"""Is it right? The build, small cases, whole decoding, the tests and the sanitizers."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from bench import ops
+from medusa_engine.config import ModelConfig
+from medusa_engine.decode import Decoder
+from medusa_engine.draft import MedusaDrafter
+from medusa_engine.model import Model
+from medusa_engine.rope import RopeConfig
+from medusa_kernels import Tree
+from medusa_kernels._backends import _C, cuda_unavailable
+
+from . import geometry, small
+from .decoding import CapturedStep
+from .harness import Case, Options, python, run_until
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+TINY = ModelConfig(
+    architecture="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=4,
+    num_kv_heads=2, head_dim=64, rms_norm_eps=1e-5, rope=RopeConfig(), max_position_embeddings=1024,
+)  # fmt: skip
+
+
+def quick(options: Options) -> list[Case]:
+    listed = [Case("environment", environment), Case("build", build)]
+    listed += [Case(name, functools.partial(checked, run)) for name, run in small.checks()]
+    return [*listed, Case("decoding", functools.partial(checked, decoding_differs))]
+
+
+def tests(options: Options) -> list[Case]:
+    return [Case(f"tests on {name}", functools.partial(pytest, name, options)) for name in ("cuda", "triton")]
+
+
+def sanitizers(options: Options) -> list[Case]:
+    return [Case(tool, functools.partial(sanitize, tool, options)) for tool in SANITIZERS]
+
+
+def checked(run: Callable[[], str]) -> Iterator[dict]:
+    problem = run()
+    yield {"benchmark": "check", "passed": not problem, "detail": problem}
+
+
+def environment() -> Iterator[dict]:
+    def said(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{type(error).__name__}"
+        return done.stdout.strip() or done.stderr.strip()
+
+    properties = torch.cuda.get_device_properties(0)
+    release = re.search(r"release [\d.]+", said("nvcc", "--version"))
+    yield {
+        "benchmark": "environment",
+        "gpu": properties.name,
+        "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "clocks": said("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,temperature.gpu", "--format=csv,noheader"),
+        "sms": properties.multi_processor_count,
+        "memory_gib": properties.total_memory / 2**30,
+        "nvcc": release[0] if release else None,
+        "compute_sanitizer": _sanitizer(),
+        "cores": os.cpu_count(),
+        "modules": {name: _version(name) for name in ("triton", "transformers", "flashinfer", "numpy", "pybind11")},
+    }
+
+
+def _version(module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    return getattr(importlib.import_module(module), "__version__", "unknown")
+
+
+def build() -> Iterator[dict]:
+    yield {"benchmark": "check", "passed": not cuda_unavailable(), "detail": cuda_unavailable()}
+    if cuda_unavailable():
+        raise RuntimeError(cuda_unavailable())
+    count, _ = _C.cuda_device_count()
+    yield {"benchmark": "check", "passed": count == torch.cuda.device_count(), "detail": f"{count} devices"}
+
+
+def decoding_differs(device: str = "cuda", steps: int = 40) -> str:
+    """A small fp32 model: plain decoding, Medusa, and each replayed from a CUDA graph give the reference's tokens."""
+    texts = {}
+    for backend in ("reference", "cuda") if device == "cuda" else ("reference", "cpu"):
+        checkpoint = geometry.RandomCheckpoint(TINY, "cpu")
+        model = Model(checkpoint, backend=backend, device=torch.device(device), dtype="float32", max_positions=512)
+        drafter = MedusaDrafter(model, geometry.random_heads(checkpoint, own_lm_heads=False))
+        for name, tree in (("plain", Tree.from_choices([])), ("medusa", Tree.named("4x2x2"))):
+            texts[f"{backend} {name}"] = _decoded(model, drafter, tree, steps, captured=False)
+            if backend == "cuda":
+                texts[f"{backend} {name} from a graph"] = _decoded(model, drafter, tree, steps, captured=True)
+    expected = texts["reference plain"]
+    wrong = [name for name, text in texts.items() if text != expected]
+    return f"other tokens than plain decoding by the reference: {', '.join(wrong)}" if wrong else ""
+
+
+def _decoded(model: Model, drafter: MedusaDrafter, tree: Tree, steps: int, *, captured: bool) -> list[list[int]]:
+    """The first `steps` tokens of two sequences."""
+    prompts = [[3, 1, 4, 1, 5], list(range(100))]
+    stream = torch.cuda.Stream() if captured else None
+    with torch.cuda.stream(stream):
+        decoder = Decoder(model, drafter, tree, batch=2, max_seqlen=400)
+        texts = [[token] for token in decoder.start(prompts, None)]
+        step, replayed = decoder.step, None
+        while min(map(len, texts)) < steps:
+            if captured and replayed is None and min(map(len, texts)) > 4:  # the steps before it were the warm-up
+                replayed = CapturedStep(decoder, stream, warm_up=False)
+                step = replayed.emitted
+            texts = [text + more for text, more in zip(texts, step(), strict=True)]
+    return [text[:steps] for text in texts]
+
+
+def pytest(backend: str, options: Options) -> Iterator[dict]:
+    """The matrix of every op on one backend, and whatever else names it."""
+    files = [f"tests/test_{op}.py" for op in sorted({op for op, *_ in ops.CASES})]
+    files += ["tests/test_backends.py", "tests/test_library_ops.py"]
+    if importlib.util.find_spec("gguf"):  # its test models need it
+        files.append("tests/engine")
+    report, log = options.logs / f"tests-{backend}.xml", options.logs / f"tests-{backend}.log"
+    command = python("-m", "pytest", *(file for file in files if (ROOT / file).exists()), "-k", backend, "--tb=short")
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}", f"--rootdir={ROOT}"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    share = options.seconds_left * (0.6 if backend == "cuda" else 1)
+    code = run_until(command, time.time() + max(share, 30), log=log, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
+    found = counted(report.read_text()) if report.exists() else {"failing": []}
+    report.unlink(missing_ok=True)  # a remote machine may return few files
+    if code == 5:  # pytest: nothing was selected
+        yield {"benchmark": "skipped", "reason": f"no test names {backend}"}
+        return
+    last = log.read_text(errors="replace").strip().splitlines()[-1:]
+    detail = "killed: out of time" if code is None else f"{' '.join(last)} {' '.join(found['failing'][:5])}".strip()
+    yield {"benchmark": "check", "passed": code == 0, "detail": detail, **found}
+
+
+def counted(junit: str) -> dict:
+    """passed, failed and skipped of a JUnit report, and the names of those that failed."""
+    cases = list(ElementTree.fromstring(junit).iter("testcase"))
+
+    def having(*tags: str) -> list[str]:
+        return [case.get("name", "") for case in cases if any(case.find(tag) is not None for tag in tags)]
+
+    failing, skipped = having("failure", "error"), having("skipped")
+    passed = len(cases) - len(failing) - len(skipped)
+    return {"passed_tests": passed, "failed_tests": len(failing), "skipped_tests": len(skipped), "failing": failing}
+
+
+def sanitize(tool: str, options: Options) -> Iterator[dict]:
+    """compute-sanitizer over the small cases, every allocation its own so that it sees where each one ends."""
+    executable = _sanitizer()
+    if executable is None:
+        yield {"benchmark": "skipped", "reason": "compute-sanitizer is not installed"}
+        return
+    log = options.logs / f"{tool}.log"
+    command = [executable, "--tool", tool, "--print-limit", "20", "--error-exitcode", "9"]
+    if tool == "memcheck":  # PyTorch probes for what the driver may lack; our launchers report their own errors
+        command += ["--report-api-errors", "no"]
+    left = len(SANITIZERS) - SANITIZERS.index(tool)
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    end = time.time() + max(options.seconds_left / left, 20)
+    code = run_until([*command, *python("-m", "bench.gpu.small")], end, log=log, env=env)
+    yield {"benchmark": "check", **verdict(tool, code, log.read_text(errors="replace"))}
+
+
+def verdict(tool: str, code: int | None, output: str) -> dict:
+    """What a sanitizer's output says: clean only if it reached its summary and the cases' results were right.
+
+    Raises:
+        RuntimeError: the tool did not run on this machine.
+    """
+    if code is None:
+        return {"passed": False, "detail": "killed: out of time"}
+    lines = [line.strip("= ") for line in output.splitlines()]
+    summaries = [line for line in lines if "SUMMARY:" in line]
+    if "Device not supported" in output or not summaries:
+        raise RuntimeError(f"{tool} did not run (exit status {code}): {' / '.join(lines[-3:])}")
+    clean = re.search(r"SUMMARY: 0 (errors|hazards)", summaries[-1]) is not None
+    return {"passed": clean and code == 0, "detail": f"{summaries[-1]}, exit status {code}"}
+
+
+def _sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
