@@ -2,8 +2,10 @@
 // medusa_kernels/native/<op>.py.
 #include <pybind11/pybind11.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "params.h"
 #ifndef MEDUSA_EMULATE  // tests/emulation compiles the CUDA bindings alone
@@ -200,15 +202,21 @@ CompactKvParams compact_kv(Address kv_cache, Address accepted_nodes, Address acc
 }
 
 #ifndef MEDUSA_EMULATE
+// Launches that Python listed once, repeated by one call.
+using Plan = std::vector<std::function<void()>>;
+
 template <class Params, class... Args>
-void def_cpu(py::module_& m, const char* name, Params (*params)(Args...), void (*launch)(const Params&)) {
+void def_cpu(py::module_& m, py::class_<Plan>& plan, const char* name, Params (*params)(Args...),
+             void (*launch)(const Params&)) {
   m.def(name, [params, launch](Args... args) {
     const Params p = params(args...);
     py::gil_scoped_release release;
     launch(p);
   });
+  plan.def(name, [params, launch](Plan& self, Args... args) {
+    self.push_back([p = params(args...), launch] { launch(p); });
+  });
 }
-
 #endif
 
 #ifdef MEDUSA_WITH_CUDA
@@ -240,14 +248,20 @@ void def_cuda(py::module_& m, const char* name, Params (*params)(Args...),
 PYBIND11_MODULE(_C, m) {
 #ifndef MEDUSA_EMULATE
   py::module_ c = m.def_submodule("cpu");
-  def_cpu(c, "tree_attention", tree_attention, cpu::tree_attention);
-  def_cpu(c, "rotary_append", rotary_append, cpu::rotary_append);
-  def_cpu(c, "rms_norm", rms_norm, cpu::rms_norm);
-  def_cpu(c, "silu_mul", silu_mul, cpu::silu_mul);
-  def_cpu(c, "linear", linear, cpu::linear);
-  def_cpu(c, "draft_heads", draft_heads, cpu::draft_heads);
-  def_cpu(c, "verify_tree", verify_tree, cpu::verify_tree);
-  def_cpu(c, "compact_kv", compact_kv, cpu::compact_kv);
+  py::class_<Plan> plan(c, "Plan");
+  plan.def(py::init<>());
+  plan.def("__call__", [](const Plan& self) {
+    py::gil_scoped_release release;
+    for (const auto& launch : self) launch();
+  });
+  def_cpu(c, plan, "tree_attention", tree_attention, cpu::tree_attention);
+  def_cpu(c, plan, "rotary_append", rotary_append, cpu::rotary_append);
+  def_cpu(c, plan, "rms_norm", rms_norm, cpu::rms_norm);
+  def_cpu(c, plan, "silu_mul", silu_mul, cpu::silu_mul);
+  def_cpu(c, plan, "linear", linear, cpu::linear);
+  def_cpu(c, plan, "draft_heads", draft_heads, cpu::draft_heads);
+  def_cpu(c, plan, "verify_tree", verify_tree, cpu::verify_tree);
+  def_cpu(c, plan, "compact_kv", compact_kv, cpu::compact_kv);
   c.def("packed_bytes", [](int matrices, int out_features, int in_features, int format) {
     return cpu::packed_bytes(matrices, out_features, in_features, WeightFormat(format));
   });

@@ -23,7 +23,7 @@ def run(code: str, **environment: str) -> str:
     )
     done = subprocess.run(
         [sys.executable, "-c", setup + textwrap.dedent(code)],
-        env={**os.environ, **environment},
+        env={**os.environ, "MEDUSA_NUM_THREADS": "", **environment},
         capture_output=True,
         text=True,
         timeout=120,

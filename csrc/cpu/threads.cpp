@@ -18,7 +18,12 @@ namespace {
 
 constexpr double kWorthSharing = 4000;                 // nanoseconds: below, waking a thread costs more than it saves
 constexpr auto kSpin = std::chrono::microseconds(30);  // how long a thread without work stays awake
-constexpr int kMaxPieces = (1 << 20) - 1;              // what a run's fields hold
+// How long a worker keeps its core before it offers it to other jobs, between two pieces: a worker that the system
+// interrupts inside one keeps everybody waiting, some milliseconds each time. A job that never rests on one of two
+// cores made an 8-node step of SmolLM2 2.0 times as long without this, 1.6 times with it.
+constexpr auto kTurn = std::chrono::milliseconds(1);
+constexpr int kPiecesPerLook = 8;          // at the clock
+constexpr int kMaxPieces = (1 << 20) - 1;  // what a run's fields hold
 constexpr int kMaxThreads = 256;
 
 inline void pause() {
@@ -104,7 +109,7 @@ class Pool {
     }
     launch_.store(launch, std::memory_order_seq_cst);
     start_.wake();
-    take_pieces(0);
+    take_pieces(0, pieces);
     finished_.wait([&] { return done_.load(std::memory_order_seq_cst) == pieces; });
   }
 
@@ -112,21 +117,30 @@ class Pool {
   void work(int slot) {
     inside_a_piece = true;
     uint64_t seen = 0;
+    auto turn_ends = std::chrono::steady_clock::now() + kTurn;
     for (;;) {
       start_.wait([&] { return launch_.load(std::memory_order_seq_cst) != seen; });
       seen = launch_.load(std::memory_order_acquire);
       if (stop_.load(std::memory_order_relaxed)) return;
-      if (take_pieces(slot)) finished_.wake();
+      for (;;) {
+        const int taken = take_pieces(slot, kPiecesPerLook);
+        if (taken) finished_.wake();
+        if (std::chrono::steady_clock::now() >= turn_ends) {
+          std::this_thread::yield();
+          turn_ends = std::chrono::steady_clock::now() + kTurn;
+        }
+        if (taken < kPiecesPerLook) break;
+      }
     }
   }
 
-  // Does pieces until none is left to take; returns whether it did any.
-  bool take_pieces(int slot) {
+  // Does pieces until none is left to take or `most` are done; returns how many.
+  int take_pieces(int slot, int most) {
     int taken = 0;
     for (int i = 0; i < threads_; ++i) {
       Run& run = runs_[(slot + i) % threads_];
       uint64_t word = run.word.load(std::memory_order_acquire);
-      while (Run::first(word) < Run::last(word)) {
+      while (taken < most && Run::first(word) < Run::last(word)) {
         // Read before the exchange: if that succeeds, the launch was still under way, so these are its values.
         const Body body = body_.load(std::memory_order_relaxed);
         const void* context = context_.load(std::memory_order_relaxed);
@@ -139,7 +153,7 @@ class Pool {
       }
     }
     if (taken) done_.fetch_add(taken, std::memory_order_seq_cst);
-    return taken > 0;
+    return taken;
   }
 
   const int threads_;
