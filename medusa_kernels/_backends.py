@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -46,13 +46,35 @@ class Native:
         self.bind(*tensors)()
 
     def bind(self, *tensors) -> Callable[[], None]:
-        """A call that repeats this launch on these very tensors: nothing is looked up or converted again."""
-        arguments = self.arguments(*tensors)
+        """A call that repeats this launch on these very tensors: nothing is looked up or converted again.
+
+        On CUDA it goes to the stream that is current at the call, as PyTorch's own ops do, so that a graph captures it.
+        Launches that were bound under one stream share a workspace: they must not run beside each other.
+        """
+        launch = functools.partial(self.function, *self.arguments(*tensors))
         if self.device == "cuda":
-            arguments += (torch.cuda.current_stream().cuda_stream,)
-        call = functools.partial(self.function, *arguments)
-        call.kept_alive = tensors  # the addresses must stay theirs
+            device = tensors[0].device
+
+            def call() -> None:
+                launch(torch.cuda.current_stream(device).cuda_stream)
+
+        else:
+            call = launch
+        call.launch, call.kept_alive = self, tensors  # the addresses must stay theirs
         return call
+
+
+class Plan:
+    """Bound launches of the CPU's kernels as one call: nothing of Python runs between them."""
+
+    def __init__(self, calls: Sequence[Callable[[], None]]):
+        self._calls = calls  # they keep their tensors alive
+        self._run = _C.cpu.Plan()
+        for call in calls:
+            getattr(self._run, call.launch.op)(*call.args)
+
+    def __call__(self) -> None:
+        self._run()
 
 
 class Lazy:

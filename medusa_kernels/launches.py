@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 import torch
 
-from ._backends import NAMES, Native, resolve
+from ._backends import NAMES, Lazy, Native, Plan, resolve
 from .compact_kv import BACKENDS as compact_kv
 from .draft_heads import BACKENDS as draft_heads
 from .linear import BACKENDS as linear
@@ -55,3 +56,26 @@ def auto_backend(device: torch.device) -> str:
 def bind(launch: Callable[..., None], *tensors) -> Callable[[], None]:
     """A call that repeats this launch on these very tensors, and keeps them alive."""
     return launch.bind(*tensors) if isinstance(launch, Native) else functools.partial(launch, *tensors)
+
+
+def capturable(launch: Callable[..., None]) -> bool:
+    """Whether a CUDA graph can hold this launch: it enqueues kernels and reads no value, as the reference may."""
+    return isinstance(launch, (Native, Lazy))
+
+
+def plan(calls: Iterable[Callable[[], None]]) -> Callable[[], None]:
+    """One call that makes these calls, in their order; neighbours that the CPU's kernels answer run as one."""
+
+    def on_cpu(call: Callable[[], None]) -> bool:
+        return getattr(getattr(call, "launch", None), "device", None) == "cpu"
+
+    parts: list[Callable[[], None]] = []
+    for together, group in itertools.groupby(calls, on_cpu):
+        listed = list(group)
+        parts += [Plan(listed)] if together else listed
+
+    def run() -> None:
+        for part in parts:
+            part()
+
+    return parts[0] if len(parts) == 1 else run

@@ -138,3 +138,24 @@ def test_importing_the_ops_is_light():
     code = f"import sys, medusa_kernels; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_makes_its_calls_in_order():
+    """Launches of the CPU's kernels and other calls in turn, each on what the one before it wrote."""
+    scale, gate_up, out = torch.full((4,), 2.0), torch.randn(3, 8), torch.empty(3, 4)
+    launch = launches.resolve_all("cpu" if HAS_MODULE else "reference", torch.device("cpu"))
+    calls = [
+        launches.bind(launch["silu_mul"], gate_up, out),
+        launches.bind(launch["rms_norm"], out, scale, 1e-6, None, out),
+        lambda: out.mul_(3),
+        launches.bind(launch["rms_norm"], out, scale, 1e-6, None, out),
+    ]
+    run = launches.plan(calls)
+    for _ in range(2):
+        gate_up.copy_(torch.randn(3, 8))
+        for call in calls:
+            call()
+        expected = out.clone()
+        out.zero_()
+        run()
+        assert torch.equal(out, expected)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medusa_kernels import PackedLinear, pack_linear
-from medusa_kernels.launches import auto_backend, bind, resolve_all
+from medusa_kernels.launches import auto_backend, bind, plan, resolve_all
 
 from .checkpoint import Checkpoint
 from .kv_cache import KVCache
@@ -162,13 +162,13 @@ class Forward:
         rows = batch * n
         self.model = model
         self.tokens = torch.zeros(batch, n, dtype=torch.int32, device=model.device)
-        self._calls: list[Callable[[], None]] = []
+        calls: list[Callable[[], None]] = []
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=model.activation_dtype, device=model.device)
 
         def add(op: str, *arguments: Any) -> None:
-            self._calls.append(bind(model.launch[op], *arguments))
+            calls.append(bind(model.launch[op], *arguments))
 
         heads, kv_heads, d = c.num_heads, c.num_kv_heads, c.head_dim
         cos, sin = model.rope(prompt_length)
@@ -192,8 +192,8 @@ class Forward:
             add("silu_mul", gate_up, activated)
             add("linear", activated, layer.down, layer.down_bias, x, x)
         add("rms_norm", x, model.norm, eps, None, normed)
+        self._layers = plan(calls)
 
     def run(self) -> None:
         self._x.copy_(F.embedding(self.tokens.view(-1), self.model.embedding))
-        for call in self._calls:
-            call()
+        self._layers()
