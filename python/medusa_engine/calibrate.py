@@ -24,11 +24,11 @@ from . import calibration, machine
 from .calibration import Calibration, Curve, best_nodes
 from .dataset import Conversation, read_shard, write_shard
 from .decode import Decoder
-from .distill import add_hidden
 from .draft import MedusaDrafter
 from .engine import DEFAULT_HEADS, Medusa
 from .heads_files import is_heads_only
 from .model import Model
+from .observe import moments
 from .stepping import best_paths, tokens_per_step
 from .stopwatch import Stopwatch
 from .train import MAX_PATHS, RANKS
@@ -172,19 +172,30 @@ def _answers(engine: Medusa, ids: list[list[int]], max_new_tokens: int, partial:
             part = ids[start : start + PROMPTS_AT_ONCE]
             shard = partial / f"shard-{start:04d}.safetensors"
             if not shard.exists():
-                tokens = engine.generate(part, max_new_tokens, medusa=False).token_ids
-                pairs = zip(part, tokens, strict=True)
-                write_shard(shard, [Conversation(torch.tensor(p + t, dtype=torch.int32), len(p)) for p, t in pairs])
+                write_shard(shard, _write(engine, part, max_new_tokens))
             answers += read_shard(shard)
             bar.update(len(part))
     return answers
+
+
+def _write(engine: Medusa, ids: list[list[int]], max_new_tokens: int) -> list[Conversation]:
+    """One group of answers, with the hidden row that chose each token."""
+    hidden: list[list[Tensor]] = [[] for _ in ids]
+    for moment in moments(engine, ids, max_new_tokens, medusa=False):
+        rows = moment.decoder.root_hidden.to("cpu", torch.bfloat16, copy=True)
+        for kept, row, gained in zip(hidden, rows, moment.gained, strict=True):
+            kept += [row] * len(gained)  # one token, or none once the answer has ended
+    return [
+        Conversation(torch.tensor(prompt + transcript.token_ids, dtype=torch.int32), len(prompt), torch.stack(rows))
+        for prompt, transcript, rows in zip(ids, moment.transcripts, hidden, strict=True)
+    ]
 
 
 def _judge(
     model: Model, drafter: MedusaDrafter, answers: list[Conversation], about: dict, curves: dict[int, Curve]
 ) -> Calibration:
     """Ranks of the right tokens, and all that follows from them."""
-    rows = _rows(add_hidden(model, answers), drafter.num_heads)
+    rows = _rows(answers, drafter.num_heads)
     top_k = min(RANKS, drafter.vocab_size)
     found = [_ranks(right, tokens) for right, tokens, _ in _drafts(model, drafter, rows, top_k, "ranks")]
     ranks = torch.cat(found)

@@ -351,15 +351,15 @@ def test_nothing_finished_is_done_again(monkeypatch, cache):
     _, whole = quick(patchy())
     for file in cache.iterdir():
         file.unlink()
-    generate, groups = Medusa.generate, []
+    moments, groups = calibrate.moments, []
 
-    def interrupted(self, prompts, *arguments, **options):
+    def interrupted(engine, prompts, *arguments, **options):
         groups.append(len(prompts))
         if len(groups) == 3:
             raise KeyboardInterrupt
-        return generate(self, prompts, *arguments, **options)
+        return moments(engine, prompts, *arguments, **options)
 
-    monkeypatch.setattr(Medusa, "generate", interrupted)
+    monkeypatch.setattr(calibrate, "moments", interrupted)
     with pytest.raises(KeyboardInterrupt):
         quick(patchy())
     (partial,) = cache.iterdir()
@@ -371,7 +371,7 @@ def test_nothing_finished_is_done_again(monkeypatch, cache):
 def test_another_batch_size_joins_without_new_answers(monkeypatch):
     monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1 + n / 100))
     path, first = quick(patchy())
-    monkeypatch.setattr(Medusa, "generate", None)
+    monkeypatch.setattr(calibrate, "moments", None)
 
     def stop(*_, **__):
         raise KeyboardInterrupt
