@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,24 @@ def test_an_engine_s_launches_do_what_the_doors_do(backend):
     gate_up.mul_(2)  # the same tensors, new values
     again()
     assert torch.equal(out, mk.silu_mul(gate_up, backend=backend))
+
+
+def test_a_bound_launch_goes_to_the_stream_of_its_call(monkeypatch):
+    """Not to that of its binding: a graph is captured on a stream of its own."""
+    current, launched = SimpleNamespace(cuda_stream=1), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    launch = _backends.Native("cuda", "silu_mul", lambda gate_up, out: (10, 20))
+    launch.function = lambda *arguments: launched.append(arguments)
+    call = launches.bind(launch, torch.zeros(1, 2), torch.zeros(1, 1))
+    for current.cuda_stream in (1, 7, 0):
+        call()
+    assert launched == [(10, 20, 1), (10, 20, 7), (10, 20, 0)]
+
+
+def test_a_graph_holds_kernels_alone():
+    """Every launch but the reference's, which may read values."""
+    for op in launches._BACKENDS.values():
+        assert {name for name, launch in op.items() if not launches.capturable(launch)} == {"reference"}
 
 
 def test_importing_the_ops_is_light():

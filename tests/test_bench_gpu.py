@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -21,6 +21,7 @@ from bench.gpu import (
     compiled,
     decoding,
     decoding_rivals,
+    generating,
     geometry,
     harness,
     kernels,
@@ -30,9 +31,11 @@ from bench.gpu import (
     worker,
 )
 from bench.gpu.report import report
+from medusa_engine import Medusa
 from medusa_engine.draft import MedusaDrafter
 from medusa_engine.model import Model
 from medusa_kernels import Tree
+from tests.engine.stand_in_gpu import StandIn, native_launches_on_tape
 
 ATTENTION = {"n": 16, "heads": 8, "kv_heads": 2, "head_dim": 32, "prefix": 40, "batch": 2}
 
@@ -294,6 +297,49 @@ class TestChecks:
     def test_decoding_is_the_same_by_every_way(self):
         assert checks.decoding_differs("cpu", steps=8) == ""
 
+    @pytest.mark.parametrize(("draft", "tree"), generating.SOURCES)
+    def test_generating_is_the_same_ahead_of_the_host(self, draft, tree, monkeypatch):
+        """With the CPU's kernels on a tape for a graph."""
+        monkeypatch.setattr(generating, "NEW_TOKENS", 15)
+        engines = []
+
+        def engine_of(*source, **options):
+            engines.append(generating.engine(*source, device="cpu", backend="cpu", **options))
+            engines[-1]._gpu = StandIn()
+            return engines[-1]
+
+        with native_launches_on_tape():
+            assert generating.differs(engine_of, draft, tree) == ""
+        assert [engine._gpu.captured for engine in engines] == [1, 2]
+
+    @pytest.mark.parametrize(("draft", "tree"), generating.SOURCES)
+    def test_a_wait_for_the_host_is_found(self, draft, tree, monkeypatch):
+        modes = []
+        monkeypatch.setattr(generating, "Cuda", lambda device: StandIn())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+        with native_launches_on_tape():
+            assert generating.waits_for_the_host(draft, tree, device="cpu") == ""
+            assert modes == ["error", "default"] * 2
+
+            def refused(self, b):
+                raise RuntimeError("called a synchronizing CUDA operation")
+
+            monkeypatch.setattr(decoding.Decoder, "retire", refused)
+            assert "synchronizing" in generating.waits_for_the_host(draft, tree, device="cpu")
+        assert modes[-1] == "default"
+
+    def test_a_generation_that_differs_is_found(self, monkeypatch):
+        monkeypatch.setattr(generating, "NEW_TOKENS", 6)
+        engine_of = functools.partial(generating.engine, device="cpu", backend="cpu")
+        generate = Medusa.generate
+        for field, wrong in (("token_ids", [[1]] * 3), ("text", [""] * 3), ("finish_reason", ["eos"] * 3)):
+            monkeypatch.setattr(
+                Medusa, "generate", lambda *a, f=field, w=wrong, **k: dataclasses.replace(generate(*a, **k), **{f: w})
+                if k else generate(*a)
+            )  # fmt: skip
+            assert "than steps in turn" in generating.differs(engine_of, "medusa", "4x2x2")
+
     def test_a_junit_report_is_counted(self):
         junit = (
             '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure/></testcase>'
@@ -348,9 +394,16 @@ def test_the_compiled_decoder_decodes_like_ours():
         assert rival.tokens[:, 0].tolist() == ours.next_token.tolist()
 
 
+class Eager(StandIn):
+    """Where a graph must not hold the launch: the reference's reads values."""
+
+    def capture(self, work):
+        return work
+
+
 @pytest.fixture
 def no_device(fast, monkeypatch):
-    """CUDA's streams, events and graphs as the CPU would have them: in order, and at once."""
+    """CUDA's events and graphs as the CPU would have them: in order, and at once."""
 
     class Nothing:
         def __init__(self, **_):
@@ -365,13 +418,9 @@ def no_device(fast, monkeypatch):
         def elapsed_time(self, end):
             return 1e3 * (end.at - self.at)
 
-    for name in ("Stream", "Event", "CUDAGraph"):
-        monkeypatch.setattr(torch.cuda, name, Nothing)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Nothing)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 30))
-    monkeypatch.setattr(decoding.CapturedStep, "run", decoding.CapturedStep._verbs)
+    monkeypatch.setattr(decoding, "Cuda", lambda device: Eager())
     for name, value in (("STEPS", 4), ("GROUPS", 5), ("ROWS_SPARE", 128)):
         monkeypatch.setattr(decoding, name, value)
     monkeypatch.setattr(decoding, "CONTEXTS", (40, 80))

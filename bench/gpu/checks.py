@@ -17,30 +17,34 @@ from pathlib import Path
 import torch
 
 from bench import ops
-from medusa_engine.config import ModelConfig
+from medusa_engine.captured import RUN_AHEAD, Cuda, Steps, StepsAhead
 from medusa_engine.decode import Decoder
 from medusa_engine.draft import MedusaDrafter
 from medusa_engine.model import Model
-from medusa_engine.rope import RopeConfig
 from medusa_kernels import Tree
 from medusa_kernels._backends import _C, cuda_unavailable
 
-from . import geometry, small
-from .decoding import CapturedStep
+from . import generating, geometry, small
+from .generating import TINY
 from .harness import Case, Options, python, run_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-TINY = ModelConfig(
-    architecture="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_layers=3, num_heads=4,
-    num_kv_heads=2, head_dim=64, rms_norm_eps=1e-5, rope=RopeConfig(), max_position_embeddings=1024,
-)  # fmt: skip
 
 
 def quick(options: Options) -> list[Case]:
     listed = [Case("environment", environment), Case("build", build)]
     listed += [Case(name, functools.partial(checked, run)) for name, run in small.checks()]
-    return [*listed, Case("decoding", functools.partial(checked, decoding_differs))]
+    listed.append(Case("decoding", functools.partial(checked, decoding_differs)))
+    ways = [("cuda", *source) for source in generating.SOURCES]
+    for backend, draft, tree in [*ways, ("triton", *generating.SOURCES[0])]:
+        made = functools.partial(generating.engine, device="cuda", backend=backend)
+        run = functools.partial(generating.differs, made, draft, tree)
+        listed.append(Case(f"generating {backend} {draft} {tree}", functools.partial(checked, run)))
+    for draft, tree in generating.SOURCES:
+        run = functools.partial(generating.waits_for_the_host, draft, tree)
+        listed.append(Case(f"no wait in a step {draft} {tree}", functools.partial(checked, run)))
+    return listed
 
 
 def tests(options: Options) -> list[Case]:
@@ -102,28 +106,22 @@ def decoding_differs(device: str = "cuda", steps: int = 40) -> str:
         model = Model(checkpoint, backend=backend, device=torch.device(device), dtype="float32", max_positions=512)
         drafter = MedusaDrafter(model, geometry.random_heads(checkpoint, own_lm_heads=False))
         for name, tree in (("plain", Tree.from_choices([])), ("medusa", Tree.named("4x2x2"))):
-            texts[f"{backend} {name}"] = _decoded(model, drafter, tree, steps, captured=False)
-            if backend == "cuda":
-                texts[f"{backend} {name} from a graph"] = _decoded(model, drafter, tree, steps, captured=True)
+            texts[f"{backend} {name}"] = _decoded(model, drafter, tree, steps, None)
+            if gpu := Cuda.of(model):
+                texts[f"{backend} {name} from a graph"] = _decoded(model, drafter, tree, steps, gpu)
     expected = texts["reference plain"]
     wrong = [name for name, text in texts.items() if text != expected]
     return f"other tokens than plain decoding by the reference: {', '.join(wrong)}" if wrong else ""
 
 
-def _decoded(model: Model, drafter: MedusaDrafter, tree: Tree, steps: int, *, captured: bool) -> list[list[int]]:
-    """The first `steps` tokens of two sequences."""
-    prompts = [[3, 1, 4, 1, 5], list(range(100))]
-    stream = torch.cuda.Stream() if captured else None
-    with torch.cuda.stream(stream):
-        decoder = Decoder(model, drafter, tree, batch=2, max_seqlen=400)
-        texts = [[token] for token in decoder.start(prompts, None)]
-        step, replayed = decoder.step, None
-        while min(map(len, texts)) < steps:
-            if captured and replayed is None and min(map(len, texts)) > 4:  # the steps before it were the warm-up
-                replayed = CapturedStep(decoder, stream, warm_up=False)
-                step = replayed.emitted
-            texts = [text + more for text, more in zip(texts, step(), strict=True)]
-    return [text[:steps] for text in texts]
+def _decoded(model: Model, drafter: MedusaDrafter, tree: Tree, count: int, gpu: Cuda | None) -> list[list[int]]:
+    """The first `count` tokens of two sequences, from graphs where `gpu` is given."""
+    decoder = Decoder(model, drafter, tree, batch=2, max_seqlen=400, run_ahead=RUN_AHEAD)
+    steps = StepsAhead(decoder, gpu) if gpu else Steps(decoder)
+    texts = steps.start([[3, 1, 4, 1, 5], list(range(100))], None)
+    while (least := min(map(len, texts))) < count:
+        texts = [text + more for text, more in zip(texts, steps.next(count - least), strict=True)]
+    return [text[:count] for text in texts]
 
 
 def pytest(backend: str, options: Options) -> Iterator[dict]:

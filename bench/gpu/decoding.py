@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from bench import _timing
+from medusa_engine.captured import RUN_AHEAD, Cuda, StepsAhead
 from medusa_engine.decode import Decoder
 from medusa_engine.draft import MedusaDrafter
 from medusa_engine.model import Model
@@ -37,33 +38,6 @@ def cases(options: Options) -> list[Case]:
     return made
 
 
-class CapturedStep:
-    """The four verbs of a decoder's step in one CUDA graph. The decoder was built on `stream` and has started."""
-
-    def __init__(self, decoder: Decoder, stream: torch.cuda.Stream, *, warm_up: bool = True):
-        self.decoder, self.stream = decoder, stream
-        for _ in range(3 * warm_up):
-            self._verbs()
-        stream.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=stream):
-            self._verbs()
-
-    def _verbs(self) -> None:
-        self.decoder.propose()
-        self.decoder.verify()
-        self.decoder.accept()
-        self.decoder.compact()
-
-    def run(self) -> None:
-        self.graph.replay()
-
-    def emitted(self) -> list[list[int]]:
-        """One step, and the tokens that each sequence gained by it."""
-        self.run()
-        return self.decoder.emitted()
-
-
 @functools.cache
 def model_of(name: str) -> tuple[geometry.RandomCheckpoint, Model]:
     checkpoint = geometry.RandomCheckpoint(geometry.GEOMETRIES[name], "cuda")
@@ -73,25 +47,24 @@ def model_of(name: str) -> tuple[geometry.RandomCheckpoint, Model]:
 
 
 class Prepared:
-    """A decoder that has started, its cache filled up to `context`, and its step as a graph."""
+    """A decoder that has started, its cache filled up to `context`, and its step captured."""
 
     def __init__(self, model: Model, drafter: MedusaDrafter | None, tree: Tree, batch: int, context: int,
                  tokens_per_step: float | None = None):  # fmt: skip
-        self.context, self.stream = context, torch.cuda.Stream()
-        torch.cuda.synchronize()  # the weights were written on another stream
+        self.context, self.tokens_per_step = context, 1.0
         kind = Decoder if tokens_per_step is None else replay.ReplayedDecoder
-        with torch.cuda.stream(self.stream):
-            self.decoder = kind(model, drafter, tree, batch=batch, max_seqlen=context + ROWS_SPARE)
-            self.tokens_per_step = 1.0
-            if tokens_per_step is not None:
-                nodes = replay.draw(tree, tokens_per_step, (STEPS * GROUPS, batch))
-                self.tokens_per_step += tree.depths[nodes].float().mean().item()
-                self.decoder.replay(nodes)
-            self.decoder.start([[1] * 8] * batch, None)
-            for layer in self.decoder.cache.data:
-                layer.normal_()
-            self.rewind()
-            self.step = CapturedStep(self.decoder, self.stream)
+        self.decoder = kind(model, drafter, tree, batch=batch, max_seqlen=context + ROWS_SPARE, run_ahead=RUN_AHEAD)
+        if tokens_per_step is not None:
+            nodes = replay.draw(tree, tokens_per_step, (STEPS * GROUPS, batch))
+            self.tokens_per_step += tree.depths[nodes].float().mean().item()
+            self.decoder.replay(nodes)
+        self.steps = StepsAhead(self.decoder, Cuda(model.device))
+        self.steps.start([[1] * 8] * batch, None)
+        for layer in self.decoder.cache.data:
+            layer.normal_()
+        self.rewind()
+        for _ in range(2):  # verb by verb, then captured
+            self.steps.step()
 
     def rewind(self) -> None:
         self.decoder.cache.seqlens.fill_(self.context)
@@ -99,27 +72,24 @@ class Prepared:
     def graph_seconds(self) -> float:
         """The device's time for one step, one graph launched behind the other."""
         taken = []
-        with torch.cuda.stream(self.stream):
-            for _ in range(1 + GROUPS):  # the first warms up
-                self.rewind()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                for _ in range(STEPS):
-                    self.step.run()
-                end.record()
-                end.synchronize()
-                taken.append(start.elapsed_time(end) / 1e3 / STEPS)
+        for _ in range(1 + GROUPS):  # the first warms up
+            self.rewind()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(STEPS):
+                self.steps.step()
+            end.record()
+            end.synchronize()
+            taken.append(start.elapsed_time(end) / 1e3 / STEPS)
         return statistics.median(taken[1:])
 
     def engine_seconds(self) -> float:
-        """The host's time for one step as `Medusa.generate` takes it: tokens read after every one."""
-        with torch.cuda.stream(self.stream):
-            self.rewind()
-            self.decoder.step()
-            start = time.perf_counter()
-            for _ in range(STEPS):
-                self.decoder.step()
-            self.stream.synchronize()
+        """The host's time for one step as `Medusa.generate` takes it: every step's tokens are read."""
+        self.rewind()
+        self.steps.next(1)
+        start = time.perf_counter()
+        for left in range(STEPS, 0, -1):
+            self.steps.next(left)
         return (time.perf_counter() - start) / STEPS
 
 
@@ -173,9 +143,8 @@ def trace(options: Options, steps: int = 3) -> Iterator[dict]:
     prepared = Prepared(model, drafter, replay.tree_of(NODES), 1, CONTEXTS[0], replay.TOKENS_PER_STEP["medusa-1"])
     prepared.graph_seconds()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        with torch.cuda.stream(prepared.stream):
-            for _ in range(steps):
-                prepared.step.run()
+        for _ in range(steps):
+            prepared.steps.step()
         torch.cuda.synchronize()
     profile.export_chrome_trace(str(options.logs / "step-trace.json.gz"))
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]

@@ -15,7 +15,7 @@ class Phase(NamedTuple):
 
 
 PHASES = {
-    "quick": Phase(checks.quick, 45),
+    "quick": Phase(checks.quick, 60),
     "tests": Phase(checks.tests, 110),
     "sanitizers": Phase(checks.sanitizers, 60),
     "kernels": Phase(kernels.cases, 100),

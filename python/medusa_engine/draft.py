@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 
 
 class Draft(Protocol):
-    """A source's state for one decoder: it fills the tree."""
+    """A source's state for one decoder: it fills the tree.
+
+    Attributes:
+        capturable: its `propose` and `advance` read nothing on the host, so that a captured step may hold them.
+    """
+
+    capturable: bool
 
     def start(self, prompts: list[list[int]]) -> None:
         """The decoder's cache holds these prompts, and `next_token` the first token of each."""
@@ -139,6 +145,8 @@ class MedusaDraft:
     Attributes:
         draft_tokens, logprobs: int32 and fp32 (batch, heads, top_k), as the heads gave them for the last step.
     """
+
+    capturable = True
 
     def __init__(self, drafter: MedusaDrafter, decoder: Decoder):
         tree = decoder.tree

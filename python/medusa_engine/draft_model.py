@@ -53,6 +53,8 @@ class ModelDraft:
     First layers of the target read and write the target's own rows, where none is ever missing.
     """
 
+    capturable = True
+
     def __init__(self, drafter: ModelDrafter, decoder: Decoder):
         self._decoder, self._model = decoder, drafter.model
         model, batch, device = drafter.model, decoder.batch, drafter.model.device

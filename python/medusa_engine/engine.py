@@ -10,6 +10,7 @@ import torch
 
 from medusa_kernels import Tree
 
+from .captured import RUN_AHEAD, Cuda, Steps, steps_of
 from .checkpoint import Checkpoint, open_checkpoint
 from .decode import Decoder
 from .draft_choice import choose_drafter
@@ -18,14 +19,16 @@ from .heads import MedusaHeads, heads_from_tensors
 from .heads_files import base_model_of, is_heads_only, load_heads
 from .model import DTYPES, Model
 from .output import Chunk, Output, Stats, Transcript
+from .rounds import Round, rounds
 from .sampling import SamplingOptions
 from .stopwatch import Stopwatch
 from .tree_choice import choose_tree
 
 DEFAULT_HEADS = Path(__file__).parent / "smollm2_heads"
 DEFAULT_MAX_SEQLEN = 4096
-# The last step may begin at max_seqlen - 1 and its deepest node stands at most 255 positions further.
-SPARE_POSITIONS = 256
+# The last step of a text may begin at max_seqlen - 1 and its deepest node stands at most 255 positions further. So does
+# that of each step ahead.
+SPARE_POSITIONS = 256 * (1 + RUN_AHEAD)
 
 Prompt = str | Sequence[int]
 
@@ -59,7 +62,8 @@ class Medusa:
         self._drafter = choose_drafter(draft, model, checkpoint, heads, max_positions=positions)
         if self._drafter is not None:
             self.tree(1)  # a bad tree is an error now, not at the first prompt
-        self._decoders: dict[bool, Decoder] = {}
+        self._gpu = Cuda.of(model)
+        self._steps: dict[bool, Steps] = {}
 
     @classmethod
     def from_pretrained(
@@ -186,26 +190,22 @@ class Medusa:
         """
         many, ids = self._encode(prompts, chat)
         options = SamplingOptions(mode, temperature, top_p, top_k, posterior_threshold, posterior_alpha, seed)
-        decoder, acceptance, transcripts = self._prepare(ids, max_new_tokens, options, stop, ignore_eos, medusa)
+        steps, acceptance, transcripts = self._prepare(ids, max_new_tokens, options, stop, ignore_eos, medusa)
         stats = [Stats() for _ in ids]
         watch = Stopwatch()
-        for transcript, token in zip(transcripts, decoder.start(ids, acceptance), strict=True):
-            transcript.push([token])
+        brought = rounds(steps, ids, acceptance, transcripts, max_new_tokens)
+        next(brought)
         prefill_seconds = watch.lap()
-        self._retire(decoder, transcripts)
-        while any(t.finish_reason is None for t in transcripts):
-            tokens = decoder.step()
+        for step in brought:
             elapsed = watch.elapsed()
-            for one, transcript, gained in zip(stats, transcripts, tokens, strict=True):
-                if transcript.finish_reason is None:
-                    transcript.push(gained)
+            for one, emitted in zip(stats, step.emitted, strict=True):
+                if emitted:
                     one.steps += 1
-                    one.accepted += len(gained)
+                    one.accepted += emitted
                     one.decode_seconds = elapsed
-            self._retire(decoder, transcripts)
         for one, transcript in zip(stats, transcripts, strict=True):
             one.new_tokens, one.prefill_seconds = len(transcript.token_ids), prefill_seconds
-        self._decoders[medusa] = decoder
+        self._steps[medusa] = steps
         total = Stats.of_many(stats, prefill_seconds, max(s.decode_seconds for s in stats))
         fields = [
             [t.text for t in transcripts],
@@ -223,20 +223,15 @@ class Medusa:
         many, ids = self._encode(prompt, extra.pop("chat"))
         if many:
             raise ValueError("stream takes one prompt: a str or a flat list of token ids")
-        decoder, acceptance, transcripts = self._prepare(ids, max_new_tokens, SamplingOptions(**options), **extra)
-        return self._chunks(decoder, acceptance, ids, transcripts, extra["medusa"])
+        steps, acceptance, (transcript,) = self._prepare(ids, max_new_tokens, SamplingOptions(**options), **extra)
+        brought = rounds(steps, ids, acceptance, [transcript], max_new_tokens)
+        return self._chunks(brought, steps, extra["medusa"])
 
-    def _chunks(self, decoder, acceptance, ids, transcripts, medusa) -> Iterator[Chunk]:
-        (transcript,) = transcripts
-        tokens = decoder.start(ids, acceptance)
-        while True:
-            before = len(transcript.token_ids)
-            text = transcript.push(tokens)
-            yield Chunk(text, transcript.token_ids[before:], len(tokens) - 1)
-            if transcript.finish_reason is not None:
-                self._decoders[medusa] = decoder
-                return
-            (tokens,) = decoder.step()
+    def _chunks(self, brought: Iterator[Round], steps: Steps, medusa: bool) -> Iterator[Chunk]:
+        for step in brought:
+            (text,), (gained,), (emitted,) = step.texts, step.gained, step.emitted
+            yield Chunk(text, gained, emitted - 1)
+        self._steps[medusa] = steps
 
     def _prepare(self, ids, max_new_tokens, options: SamplingOptions, stop, ignore_eos, medusa):
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -256,26 +251,25 @@ class Medusa:
         transcripts = [
             Transcript(self.tokenizer, eos_token_ids=eos, stop=stop, max_new_tokens=max_new_tokens) for _ in ids
         ]
-        return self._take_decoder(len(ids), longest + max_new_tokens, medusa), acceptance, transcripts
+        return self._take_steps(len(ids), longest + max_new_tokens, medusa), acceptance, transcripts
 
-    def _take_decoder(self, batch: int, seqlen: int, medusa: bool) -> Decoder:
-        """A decoder for this batch: the last one of its kind if it fits, since binding one takes a moment.
+    def _take_steps(self, batch: int, seqlen: int, medusa: bool) -> Steps:
+        """A decoder's steps for this batch: the last ones of their kind if they fit, since binding takes a moment.
 
-        The caller puts it back into `_decoders` at the end, so that streams that take turns have one each.
+        The caller puts them back into `_steps` at the end, so that streams that take turns have a decoder each.
         """
         tree = self.tree(batch, medusa)
-        kept = self._decoders.pop(medusa, None)
-        if kept is not None and kept.batch == batch and kept.max_seqlen >= seqlen and kept.tree == tree:
-            return kept
+        kept = self._steps.pop(medusa, None)
+        if kept is not None:
+            decoder = kept.decoder
+            if decoder.batch == batch and decoder.max_seqlen >= seqlen and decoder.tree == tree:
+                return kept
+            del decoder
         del kept  # its cache goes before the next one comes
         rows = min(self.max_seqlen, -(-seqlen // 256) * 256)
-        return Decoder(self.model, self._drafter, tree, batch=batch, max_seqlen=rows)
-
-    @staticmethod
-    def _retire(decoder: Decoder, transcripts: list[Transcript]) -> None:
-        for b, transcript in enumerate(transcripts):
-            if transcript.finish_reason is not None:
-                decoder.retire(b)
+        ahead = RUN_AHEAD if self._gpu else 0
+        decoder = Decoder(self.model, self._drafter, tree, batch=batch, max_seqlen=rows, run_ahead=ahead)
+        return steps_of(decoder, self._gpu)
 
     def _encode(self, prompts, chat: bool) -> tuple[bool, list[list[int]]]:
         """Whether there are many prompts, and the token ids of each."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .captured import Steps
 from .decode import Decoder
 from .engine import Medusa
 from .output import Transcript
+from .rounds import rounds
 from .sampling import SamplingOptions
 
 
@@ -43,20 +45,10 @@ def moments(
     Takes token ids; raises as `generate` does. Between two moments the decoder's tensors stand still: they may be read,
     not written.
     """
-    decoder, acceptance, transcripts = engine._prepare(
+    kept, acceptance, transcripts = engine._prepare(
         prompts, max_new_tokens, options or SamplingOptions(), stop, ignore_eos, medusa
     )
-    gained = [[token] for token in decoder.start(prompts, acceptance)]
-    while True:
-        before = [len(t.token_ids) for t in transcripts]
-        alive = [t.finish_reason is None for t in transcripts]
-        texts = [t.push(g) if a else "" for t, g, a in zip(transcripts, gained, alive, strict=True)]
-        kept = [t.token_ids[b:] for t, b in zip(transcripts, before, strict=True)]
-        yield Moment(decoder, transcripts, texts, kept)
-        for b, transcript in enumerate(transcripts):
-            if transcript.finish_reason is not None:
-                decoder.retire(b)
-        if all(t.finish_reason is not None for t in transcripts):
-            engine._decoders[medusa] = decoder
-            return
-        gained = decoder.step()
+    in_turn = Steps(kept.decoder)  # a step that runs ahead would write over what is to be read
+    for step in rounds(in_turn, prompts, acceptance, transcripts, max_new_tokens):
+        yield Moment(kept.decoder, transcripts, step.texts, step.gained)
+    engine._steps[medusa] = kept

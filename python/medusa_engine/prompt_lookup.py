@@ -56,6 +56,8 @@ class Repetitions:
 class PromptLookupDraft:
     """One text a sequence. It reads the step's tokens on the host, where `Medusa.generate` needs them anyway."""
 
+    capturable = False
+
     def __init__(self, decoder: Decoder):
         self._decoder = decoder
         self._texts: list[Repetitions] = []

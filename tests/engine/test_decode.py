@@ -247,7 +247,7 @@ def test_an_ended_sequence_never_leaves_its_rows(order, monkeypatch):
     alone = []
     for prompt in prompts:
         out = tight.generate(prompt, 12)
-        alone.append((out, tight._decoders[True].cache.data[:, :, 0, :14].clone()))
+        alone.append((out, tight._steps[True].decoder.cache.data[:, :, 0, :14].clone()))
     assert [out.stats.steps for out, _ in alone] == [3, 11]
     seen = []
     step = Decoder.step
@@ -262,5 +262,5 @@ def test_an_ended_sequence_never_leaves_its_rows(order, monkeypatch):
     assert len(seen) == 11
     assert out.token_ids == [alone[i][0].token_ids for i in order]
     slow = order.index(1)
-    assert torch.equal(tight._decoders[True].cache.data[:, :, slow, :14], alone[1][1])
-    assert tight._decoders[True].active[order.index(0)] == 0
+    assert torch.equal(tight._steps[True].decoder.cache.data[:, :, slow, :14], alone[1][1])
+    assert tight._steps[True].decoder.active[order.index(0)] == 0
