@@ -8,7 +8,8 @@ backend:
 The limit is the larger of two times: of the bytes a case must move, at the bandwidth, and of its operations, at the
 speed of
 PyTorch's matrix product (fp32 on the CPU, bf16 on the GPU; int8 four times that), both the best of this very run. A
-case is timed from a cold cache, by its unchecked launch, as the engine calls it.
+case is timed from a cold cache, by its unchecked launch, as the engine calls it. A fused op is also compared with its
+parts, one after the other on the same backend.
 """
 
 # ruff: noqa: C408 - dict(n=1, heads=9) reads better in a table than its literal
@@ -49,6 +50,11 @@ CASES = [
     ("verify_tree", "typical16", "cpu cuda", "fp32", dict(n=16, vocab=49152, mode="typical")),
     ("verify_tree", "lossless16", "cpu cuda", "fp32", dict(n=16, vocab=49152, mode="lossless")),
     ("verify_tree", "greedy64", "cpu cuda", "fp32", dict(n=64, vocab=49152, mode="greedy")),
+    *(("verify_lm_head", f"smollm2-{mode}{n}", "cpu cuda", dtype, dict(n=n, hidden=576, vocab=49152, mode=mode))
+      for mode, n, dtype in (("greedy", 1, "bf16"), ("greedy", 8, "bf16"), ("greedy", 8, "int8"),
+                             ("typical", 8, "bf16"), ("lossless", 8, "bf16"))),
+    *(("verify_lm_head", f"{name}-{mode}64", "cuda", "bf16", dict(n=64, hidden=4096, vocab=vocab, mode=mode))
+      for name, vocab in (("vicuna7b", 32000), ("llama8b", 128256)) for mode in ("greedy", "lossless")),
     ("compact_kv", "smollm2", "cpu cuda", "bf16", dict(layers=30, kv_heads=3, head_dim=64, moved=4)),
     ("compact_kv", "vicuna7b", "cuda", "bf16", dict(layers=32, kv_heads=32, head_dim=128, moved=4)),
     ("rms_norm", "smollm2-r16", "cpu cuda", "bf16", dict(rows=16, hidden=576)),
@@ -81,6 +87,7 @@ class Work:
     bytes: int
     flops: int = 0
     packed: tuple | None = None  # the CPU kernels' arguments where weights are packed
+    apart: tuple[tuple[str, tuple, tuple | None], ...] = ()  # a fused op's rival: op, arguments, packed, one by one
 
 
 def storage(tensor: Tensor | None) -> int:
@@ -137,16 +144,50 @@ class Maker:
     def verify_tree(self, n, vocab, mode, batch=1) -> Work:
         tree = tree_of(n)
         logits = self.normal(batch, n, vocab, dtype=torch.float32, scale=3.0)
-        tokens = self.empty(batch, n, dtype=torch.int32)
-        best = logits.argmax(-1).int()
+        judged, outputs = self._judged(tree, logits.argmax(-1).int(), vocab, mode)
+        return Work((logits, *judged, *outputs), outputs, storage(logits), 2 * logits.numel())
+
+    def verify_lm_head(self, n, hidden, vocab, mode, batch=1) -> Work:
+        tree = tree_of(n)
+        weight = self.normal(vocab, hidden, dtype=self.weights, scale=hidden**-0.5)
+        best = torch.randint(vocab, (batch, n), generator=self.generator, device=self.device)
+        # One token far above the rest: no rounding, int8's neither, changes what is chosen.
+        x = (30 * weight[best]).to(self.activations)
+        judged, outputs = self._judged(tree, best.int(), vocab, mode)
+        logits, own = self.empty(batch * n, vocab), tuple(map(torch.empty_like, outputs))
+        packed = None
+        if self.device == "cpu":
+            packed = pack_linear(weight, "int8" if self.dtype == torch.int8 else str(self.weights).split(".")[1])
+        rows = x.flatten(0, 1)
+        apart = (
+            ("linear", (rows, weight, None, None, logits), packed and (rows, packed, None, None, logits)),
+            ("verify_tree", (logits.view(batch, n, vocab), *judged, *own), None),
+        )
+        size = vocab * hidden * (1 if self.dtype == torch.int8 else weight.element_size())
+        return Work(
+            (x, weight, *judged, *outputs),
+            outputs,
+            size + storage(x) + sum(map(storage, outputs)),
+            2 * batch * n * hidden * vocab,
+            packed and (x, packed, *judged, *outputs),
+            apart,
+        )
+
+    def _judged(self, tree: Tree, best: Tensor, vocab: int, mode: str) -> tuple[tuple, tuple[Tensor, ...]]:
+        """Tokens, parents and how to accept, where one child per node carries the likeliest token, so that a path of
+        full depth is accepted; and the outputs.
+        """
+        batch = best.shape[0]
+        tokens = self.empty(*best.shape, dtype=torch.int32)
         for node, parent in enumerate(tree.parents.tolist()):
-            if node:  # one child per node carries the likeliest token, so a path of full depth is accepted
+            if node:
                 tokens[:, node] = (best[:, parent] + tree.ranks[node].item()) % vocab
         how = acceptance(batch, torch.device(self.device), mode=mode, seed=1)
-        outputs = [self.empty(batch, tree.max_depth + 1, dtype=torch.int32)]
-        outputs += [self.empty(batch, dtype=torch.int32) for _ in range(2)]
-        parents = tree.parents.to(self.device)
-        return Work((logits, tokens, parents, how, *outputs), tuple(outputs), storage(logits), 2 * logits.numel())
+        outputs = (
+            self.empty(batch, tree.max_depth + 1, dtype=torch.int32),
+            *(self.empty(batch, dtype=torch.int32) for _ in range(2)),
+        )
+        return (tokens, tree.parents.to(self.device), how), outputs
 
     def compact_kv(self, layers, kv_heads, head_dim, moved, batch=1, prefix=1024) -> Work:
         cache = self.normal(layers, 2, batch, prefix + 64, kv_heads, head_dim, dtype=self.weights)
@@ -198,17 +239,25 @@ def variants(device: str, wanted: tuple[str, ...]) -> list[str]:
 
 def call(op: str, variant: str, device: str, work: Work) -> Callable[[], None]:
     """The variant's launch on the case's tensors. Raises ValueError when it cannot run here."""
+    return one_after_another(variant, device, ((op, work.arguments, work.packed),))
+
+
+def one_after_another(
+    variant: str, device: str, ops: tuple[tuple[str, tuple, tuple | None], ...]
+) -> Callable[[], None]:
     door, _, isa = variant.partition("-")
-    launch = resolve(op, importlib.import_module(f"medusa_kernels.{op}").BACKENDS, door, torch.device(device))
-    bound = launches.bind(launch, *(work.packed if door == "cpu" and work.packed else work.arguments))
-    if door != "cpu":
-        return bound
+    bound = []
+    for op, arguments, packed in ops:
+        launch = resolve(op, importlib.import_module(f"medusa_kernels.{op}").BACKENDS, door, torch.device(device))
+        bound.append(launches.bind(launch, *(packed if door == "cpu" and packed else arguments)))
 
-    def forced() -> None:
-        _C.cpu.force_isa(isa or "auto")
-        bound()
+    def run() -> None:
+        if door == "cpu":
+            _C.cpu.force_isa(isa or "auto")
+        for launch in bound:
+            launch()
 
-    return forced
+    return run
 
 
 def failure(work: Work, run: Callable[[], None], reference: Callable[[], None], dtype: torch.dtype) -> str:
@@ -254,7 +303,8 @@ def measure(
             broken[name] = problem
         else:
             runs[name] = run
-    times = _timing.medians(runs | {"reference": reference}, device)
+    apart = {f"{n} apart": one_after_another(n, device, work.apart) for n in runs if work.apart and n != "reference"}
+    times = _timing.medians(runs | apart | {"reference": reference}, device)
     speed = _timing.flops(device) * (4 if dtype == torch.int8 else 1)
     floor = max(work.bytes / _timing.bandwidth(device), work.flops / speed)
     common = {"op": op, "shape": shape, "dtype": label, "dims": dims}
@@ -265,6 +315,7 @@ def measure(
             "gb_per_s": work.bytes / times[name] / 1e9,
             "percent_of_limit": 100 * floor / times[name],
             "times_reference": times["reference"] / times[name],
+            **({"times_apart": times[f"{name} apart"] / times[name]} if f"{name} apart" in times else {}),
         }
     for name, problem in broken.items():
         yield common | {"backend": name, "failed": problem}
@@ -335,6 +386,7 @@ def line(row: dict) -> str:
     return (
         f"{head} {row['us']:.1f} us | {row['gb_per_s']:.1f} GB/s | {row['percent_of_limit']:.0f}% of limit | "
         f"{row['times_reference']:.1f}x reference"
+        + (f" | {row['times_apart']:.2f}x its parts" if "times_apart" in row else "")
     )
 
 

@@ -183,6 +183,19 @@ VerifyTreeParams verify_tree(Address logits, Address tree_tokens, Address parent
           DType(dtype)};
 }
 
+VerifyLmHeadParams verify_lm_head(Address hidden, Address lm_head_weight, Address tree_tokens, Address parents,
+                                  Address mode, Address temperature, Address top_p, Address top_k,
+                                  Address posterior_threshold, Address posterior_alpha, Address seed, Address offset,
+                                  Address accepted_nodes, Address accept_length, Address next_token,
+                                  int64_t parents_batch, int batch, int n, int hidden_size, int vocab, int max_depth,
+                                  int dtype, int lm_head_format) {
+  return {at<void>(hidden), at<void>(lm_head_weight),
+          verify_tree(0, tree_tokens, parents, mode, temperature, top_p, top_k, posterior_threshold, posterior_alpha,
+                      seed, offset, accepted_nodes, accept_length, next_token, 0, 0, parents_batch, batch, n, vocab,
+                      max_depth, dtype),
+          hidden_size, WeightFormat(lm_head_format)};
+}
+
 CompactKvParams compact_kv(Address kv_cache, Address accepted_nodes, Address accept_length, Address cache_seqlens,
                            int64_t layer, int64_t kv, int64_t batch_stride, int64_t row, int layers, int batch,
                            int width, int row_bytes, int element_size) {
@@ -261,6 +274,7 @@ PYBIND11_MODULE(_C, m) {
   def_cpu(c, plan, "linear", linear, cpu::linear);
   def_cpu(c, plan, "draft_heads", draft_heads, cpu::draft_heads);
   def_cpu(c, plan, "verify_tree", verify_tree, cpu::verify_tree);
+  def_cpu(c, plan, "verify_lm_head", verify_lm_head, cpu::verify_lm_head);
   def_cpu(c, plan, "compact_kv", compact_kv, cpu::compact_kv);
   c.def("packed_bytes", [](int matrices, int out_features, int in_features, int format) {
     return cpu::packed_bytes(matrices, out_features, in_features, WeightFormat(format));
@@ -291,6 +305,7 @@ PYBIND11_MODULE(_C, m) {
   def_cuda(g, "linear", linear, cuda::linear);
   def_cuda(g, "draft_heads", draft_heads, cuda::draft_heads, cuda::draft_heads_workspace);
   def_cuda(g, "verify_tree", verify_tree, cuda::verify_tree, cuda::verify_tree_workspace);
+  def_cuda(g, "verify_lm_head", verify_lm_head, cuda::verify_lm_head, cuda::verify_lm_head_workspace);
   def_cuda(g, "compact_kv", compact_kv, cuda::compact_kv);
 #else
   m.attr("built_with_cuda") = false;

@@ -126,6 +126,14 @@ struct VerifyTreeParams {
   DType dtype;
 };
 
+struct VerifyLmHeadParams {
+  const void* hidden;          // [batch, n, hidden_size], contiguous
+  const void* lm_head_weight;  // [vocab, hidden_size] contiguous, or packed
+  VerifyTreeParams tree;  // dtype: hidden's, to which a logit is rounded; logits, top_p and top_k are not looked at
+  int32_t hidden_size;
+  WeightFormat lm_head_format;
+};
+
 struct CompactKvParams {
   void* kv_cache;  // [layers, 2, batch, max_seqlen, kv_heads, head_dim], a row's [kv_heads, head_dim] contiguous
   const int32_t* accepted_nodes;  // [batch, width]

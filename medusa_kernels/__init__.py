@@ -10,6 +10,7 @@ from .rotary_append import rotary_append
 from .silu_mul import silu_mul
 from .tree import Tree
 from .tree_attention import tree_attention
+from .verify_lm_head import verify_lm_head
 from .verify_tree import verify_tree
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "rotary_append",
     "silu_mul",
     "tree_attention",
+    "verify_lm_head",
     "verify_tree",
 ]

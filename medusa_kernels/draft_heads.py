@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
-from .linear import PackedLinear
+from .linear import PackedLinear, check_weight
 from .native import with_workspace
 from .native.draft_heads import arguments
 from .reference import draft_heads as reference
@@ -63,14 +63,14 @@ def _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map,
     batch, size = hidden.shape
     _check.in_range("hidden's batch", batch, 1, 2**31 - 1)
     _check.in_range("hidden's hidden_size", size, 1, 2**31 - 1)
-    _weight("block_weight", block_weight, (None, None, size, size), hidden.device)
+    check_weight("block_weight", block_weight, (None, None, size, size), hidden.device)
     heads, layers = block_weight.shape[:2]
     _check.in_range("block_weight's number of heads", heads, 1, 2**31 - 1)
     if block_bias is not None:
         _check.tensor("block_bias", block_bias, shape=(heads, layers, size), dtype=_check.FLOATS, device=hidden.device)
         block_bias = block_bias.contiguous()
     own = len(getattr(lm_head_weight, "shape", ())) == 3
-    _weight("lm_head_weight", lm_head_weight, (heads, None, size) if own else (None, size), hidden.device)
+    check_weight("lm_head_weight", lm_head_weight, (heads, None, size) if own else (None, size), hidden.device)
     vocab = lm_head_weight.shape[-2]
     _check.integer("top_k", top_k, 1, vocab)
     if token_map is not None:
@@ -89,14 +89,6 @@ def _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map,
     logprobs = torch.empty(batch, heads, top_k, dtype=torch.float32, device=hidden.device)
     launch(hidden, block_weight, block_bias, lm_head_weight, token_map, top_k, draft_tokens, logprobs)
     return draft_tokens, logprobs
-
-
-def _weight(name: str, weight: Tensor | PackedLinear, shape: tuple, device: torch.device) -> None:
-    if isinstance(weight, PackedLinear):
-        weight.check(name, shape, device)
-    else:
-        _check.tensor(name, weight, shape=shape, dtype=_check.FLOATS, device=device)
-        _check.dense_rows(name, weight, weight.dim())
 
 
 @torch.library.custom_op("medusa_kernels::draft_heads", mutates_args=())

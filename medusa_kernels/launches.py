@@ -16,6 +16,7 @@ from .rms_norm import BACKENDS as rms_norm
 from .rotary_append import BACKENDS as rotary_append
 from .silu_mul import BACKENDS as silu_mul
 from .tree_attention import BACKENDS as tree_attention
+from .verify_lm_head import BACKENDS as verify_lm_head
 from .verify_tree import BACKENDS as verify_tree
 
 _BACKENDS = {
@@ -26,6 +27,7 @@ _BACKENDS = {
     "rotary_append": rotary_append,
     "silu_mul": silu_mul,
     "tree_attention": tree_attention,
+    "verify_lm_head": verify_lm_head,
     "verify_tree": verify_tree,
 }
 

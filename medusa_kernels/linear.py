@@ -32,6 +32,15 @@ class PackedLinear:
             raise ValueError(f"{name} is packed for the CPU, but the first argument is on {device}")
 
 
+def check_weight(name: str, weight: Tensor | PackedLinear, shape: tuple[int | None, ...], device: torch.device) -> None:
+    """A weight that is read where it lies: packed, or contiguous in all its dimensions."""
+    if isinstance(weight, PackedLinear):
+        weight.check(name, shape, device)
+    else:
+        _check.tensor(name, weight, shape=shape, dtype=_check.FLOATS, device=device)
+        _check.dense_rows(name, weight, weight.dim())
+
+
 BACKENDS = {
     "reference": reference.launch,
     "cpu": Native("cpu", "linear", arguments),

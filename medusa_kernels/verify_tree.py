@@ -177,6 +177,14 @@ def _check_column(name: str, value: Tensor) -> None:
         )
 
 
+def checked_acceptance(how: Sequence[Tensor]) -> Acceptance | None:
+    """The fields of an Acceptance as a custom op gets them, empty for None; a traced call has not seen their values."""
+    for name, value in zip(Acceptance._fields, how, strict=False):
+        if name not in ("mode", "seed") and _check.values_wanted(value.device):
+            _check_column(name, value)
+    return Acceptance(*how) if how else None
+
+
 def _seeds(batch: int, seed: int | Tensor | None) -> Tensor:
     if seed is None and torch.compiler.is_compiling():  # a traced call cannot ask the system: torch's generator instead
         return torch.randint(2**63 - 1, (batch,), dtype=torch.int64)
@@ -202,11 +210,10 @@ def _depth(parents: Tensor) -> int:
     return deepest
 
 
-def _checked(logits, tree_tokens, parents, how, max_depth, backend):
-    batch, n, vocab = logits.shape
-    device = logits.device
-    _check.in_range("logits' number of nodes", n, 1, _check.MAX_NODES)
-    _check.in_range("logits' vocabulary", vocab, 1, 2**31 - 1)
+def checked_tree(
+    batch: int, n: int, vocab: int, tree_tokens: Tensor, parents: Tensor, max_depth: int | None, device: torch.device
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """tree_tokens and parents, checked and on the device, and the three results, allocated."""
     _check.tensor("tree_tokens", tree_tokens, shape=(batch, n), dtype=torch.int32, device=device)
     if _check.values_wanted(device):
         _check.all_between("tree_tokens", tree_tokens, 0, vocab - 1)
@@ -215,14 +222,22 @@ def _checked(logits, tree_tokens, parents, how, max_depth, backend):
     max_depth = _check.integer("max_depth", deepest if max_depth is None else max_depth, 0, _check.MAX_NODES - 1)
     if max_depth < deepest:
         raise ValueError(f"max_depth must be at least the tree's depth {deepest}, not {max_depth}")
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    launch = resolve("verify_tree", BACKENDS, backend, device)
     accepted_nodes = torch.empty(batch, max_depth + 1, dtype=torch.int32, device=device)
     accept_length = torch.empty(batch, dtype=torch.int32, device=device)
     next_token = torch.empty(batch, dtype=torch.int32, device=device)
-    launch(logits, tree_tokens.contiguous(), on_device, how, accepted_nodes, accept_length, next_token)
-    return accepted_nodes, accept_length, next_token
+    return (tree_tokens.contiguous(), on_device), (accepted_nodes, accept_length, next_token)
+
+
+def _checked(logits, tree_tokens, parents, how, max_depth, backend):
+    batch, n, vocab = logits.shape
+    _check.in_range("logits' number of nodes", n, 1, _check.MAX_NODES)
+    _check.in_range("logits' vocabulary", vocab, 1, 2**31 - 1)
+    tree, results = checked_tree(batch, n, vocab, tree_tokens, parents, max_depth, logits.device)
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    launch = resolve("verify_tree", BACKENDS, backend, logits.device)
+    launch(logits, *tree, how, *results)
+    return results
 
 
 @torch.library.custom_op("medusa_kernels::verify_tree", mutates_args=())
@@ -230,10 +245,7 @@ def _op(
     logits: Tensor, tree_tokens: Tensor, parents: Tensor, how: list[Tensor], max_depth: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`how` is the fields of an Acceptance, or empty: every sequence is greedy."""
-    for name, value in zip(Acceptance._fields, how, strict=False):
-        if name not in ("mode", "seed") and _check.values_wanted(value.device):
-            _check_column(name, value)
-    return _checked(logits, tree_tokens, parents, Acceptance(*how) if how else None, max_depth, backend)
+    return _checked(logits, tree_tokens, parents, checked_acceptance(how), max_depth, backend)
 
 
 @_op.register_fake

@@ -27,6 +27,7 @@ OPS = (
     "tree_attention",
     "draft_heads",
     "verify_tree",
+    "verify_lm_head",
     "compact_kv",
     "rms_norm",
     "rotary_append",

@@ -7,7 +7,17 @@ import contextlib
 import pytest
 import torch
 
-from medusa_kernels import Tree, draft_heads, linear, pack_linear, rms_norm, silu_mul, tree_attention, verify_tree
+from medusa_kernels import (
+    Tree,
+    draft_heads,
+    linear,
+    pack_linear,
+    rms_norm,
+    silu_mul,
+    tree_attention,
+    verify_lm_head,
+    verify_tree,
+)
 from medusa_kernels._backends import _C
 
 pytestmark = pytest.mark.skipif(_C is None, reason="medusa_kernels._C is not built")
@@ -171,6 +181,9 @@ def test_results_do_not_depend_on_the_threads(isa, dtype):
             *draft_heads(x, blocks, None, lm_head, 7, backend="cpu"),
             tree_attention(q, *kv, seqlens, mask, backend="cpu"),
             *verify_tree(logits, tokens, parents, mode=["typical", "lossless"], top_p=0.9, seed=3, backend="cpu"),
+            *verify_lm_head(
+                x.view(2, 4, 320), lm_head, tokens[:, :4], parents[:4], mode=["greedy", "lossless"], seed=3
+            ),
         )
 
     with threads(1):

@@ -37,6 +37,10 @@ def good(op: str) -> dict:
             "logits": torch.zeros(BATCH, N, VOCAB), "tree_tokens": torch.zeros(BATCH, N, dtype=torch.int32),
             "parents": TREE.parents,
         },
+        "verify_lm_head": {
+            "hidden": torch.zeros(BATCH, N, HIDDEN), "lm_head_weight": torch.zeros(VOCAB, HIDDEN),
+            "tree_tokens": torch.zeros(BATCH, N, dtype=torch.int32), "parents": TREE.parents,
+        },
         "compact_kv": {
             "kv_cache": torch.zeros(3, 2, BATCH, SEQ, KV, DIM), "accepted_nodes": i32([0, 2, 5], [0, -1, -1]),
             "accept_length": i32(2, 0), "cache_seqlens": i32(0, 5),
@@ -145,6 +149,24 @@ ROWS = [
     ("verify_tree", {"max_depth": 1}, ValueError, "max_depth must be at least the tree's depth 2, not 1"),
     ("verify_tree", {"max_depth": 256}, ValueError, "max_depth must be between 0 and 255, not 256"),
     ("verify_tree", {"max_depth": 2.0}, TypeError, "max_depth must be an int, not float"),
+    # verify_lm_head: what it shares with verify_tree is checked by the same code
+    ("verify_lm_head", {"hidden": Z(N, HIDDEN)}, ValueError, "hidden must have shape (any, any, any), not (7, 16)"),
+    ("verify_lm_head", {"hidden": Z(0, N, HIDDEN)}, ValueError, "hidden's batch must be between 1 and"),
+    ("verify_lm_head", {"hidden": Z(BATCH, 257, HIDDEN)}, ValueError, "hidden's number of nodes must be between 1 and 256, not 257"),
+    ("verify_lm_head", {"hidden": Z(BATCH, N, 0), "lm_head_weight": Z(VOCAB, 0)}, ValueError, "hidden's hidden_size must be between 1"),
+    ("verify_lm_head", {"hidden": Z(BATCH, N, HIDDEN, dtype=torch.float64)}, TypeError, "hidden must have dtype float32 or bfloat16 or float16, not float64"),
+    ("verify_lm_head", {"lm_head_weight": None}, TypeError, "lm_head_weight must be a torch.Tensor, not NoneType"),
+    ("verify_lm_head", {"lm_head_weight": Z(VOCAB, HIDDEN + 1)}, ValueError, "lm_head_weight must have shape (any, 16), not (11, 17)"),
+    ("verify_lm_head", {"lm_head_weight": Z(0, HIDDEN)}, ValueError, "lm_head_weight's vocabulary must be between 1 and"),
+    ("verify_lm_head", {"lm_head_weight": Z(HIDDEN, VOCAB).T}, ValueError, "lm_head_weight must be contiguous in its last 2"),
+    ("verify_lm_head", {"top_p": 0.9}, ValueError, "top_p must be 1.0, off: truncation needs all logits, so use linear and verify_tree"),
+    ("verify_lm_head", {"top_p": torch.ones(BATCH)}, ValueError, "top_p must be 1.0, off"),
+    ("verify_lm_head", {"top_k": [0, 3]}, ValueError, "top_k must be 0, off: truncation needs all logits, so use linear and verify_tree"),
+    ("verify_lm_head", {"tree_tokens": torch.full((BATCH, N), VOCAB, dtype=torch.int32)}, ValueError, "tree_tokens must hold values between 0 and 10; it holds 11"),
+    ("verify_lm_head", {"parents": i32(0, 0, 0, 0, 1, 2, 3)}, ValueError, "parents must be -1 at node 0, the root"),
+    ("verify_lm_head", {"mode": "nucleus"}, ValueError, "mode must be one of 'greedy', 'typical', 'lossless', not 'nucleus'"),
+    ("verify_lm_head", {"max_depth": 1}, ValueError, "max_depth must be at least the tree's depth 2, not 1"),
+    ("verify_lm_head", {"backend": "triton"}, ValueError, "backend 'triton' is not available for verify_lm_head: it has 'reference', 'cpu', 'cuda'"),
     # compact_kv
     ("compact_kv", {"kv_cache": CACHE}, ValueError, "kv_cache must have shape (any, 2, any, any, any, any), not (2, 20, 2, 8)"),
     ("compact_kv", {"kv_cache": Z(3, 2, BATCH, SEQ, DIM, KV).transpose(4, 5)}, ValueError, "kv_cache must be contiguous in its last 2"),
@@ -198,8 +220,8 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("op", ["tree_attention", "draft_heads", "verify_tree", "compact_kv", "rms_norm", "rotary_append",
-                                "silu_mul", "linear", "pack_linear"])  # fmt: skip
+@pytest.mark.parametrize("op", ["tree_attention", "draft_heads", "verify_tree", "verify_lm_head", "compact_kv", "rms_norm",
+                                "rotary_append", "silu_mul", "linear", "pack_linear"])  # fmt: skip
 def test_the_good_calls_work(op):
     getattr(mk, op)(**good(op))
 

@@ -31,6 +31,9 @@ def arguments(op: str) -> tuple[tuple, dict]:
         "tree_attention": ((q, *caches, lengths, TREE.mask_words), {}),
         "draft_heads": ((x, *weights, 5), {"token_map": torch.arange(11, dtype=torch.int32) + 3}),
         "verify_tree": ((logits, tokens, TREE.parents), dict(SEEDED)),
+        "verify_lm_head": (
+            (cases.normal((BATCH, N, 16), torch.float32, g), weights[2], tokens, TREE.parents),
+            {key: value for key, value in SEEDED.items() if key != "top_p"}),
         "compact_kv": (
             (cases.normal((2, 2, BATCH, SEQ, 2, 8), torch.float32, g),
              torch.tensor([[0, 2, 4], [0, -1, -1]], dtype=torch.int32),
@@ -50,7 +53,7 @@ def clone(value):
 def op_arguments(op: str, backend: str) -> tuple:
     """The same call of torch.ops.medusa_kernels, whose arguments are all positional."""
     args, kwargs = arguments(op)
-    if op == "verify_tree":
+    if op in ("verify_tree", "verify_lm_head"):
         width = kwargs.pop("max_depth")
         return (*args, list(acceptance(BATCH, torch.device("cpu"), **kwargs)), width, backend)
     tail = {
@@ -98,7 +101,8 @@ def test_compile_without_a_graph_break(op, compiler, backend):
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*flat, strict=True))
 
 
-@pytest.mark.parametrize("op", ["tree_attention", "draft_heads", "verify_tree", "rms_norm", "silu_mul", "linear"])
+@pytest.mark.parametrize("op", ["tree_attention", "draft_heads", "verify_tree", "verify_lm_head", "rms_norm",
+                                "silu_mul", "linear"])  # fmt: skip
 def test_export(op):
     args, kwargs = arguments(op)
     kwargs.pop("residual", None)

@@ -105,13 +105,18 @@ def inputs(case: Case):
 
 
 def _inputs(case: Case, g: torch.Generator):
-    trees = [cases.tree_of(case.kind, case.n, g) for _ in range(case.batch if case.own_trees else 1)]
-    parents = torch.stack([tree.parents for tree in trees])
     logits = cases.normal((case.batch, case.n, case.vocab), case.dtype, g, case.spread)
     if case.masked:
         logits[..., torch.randperm(case.vocab, generator=g)[: case.vocab // 3]] = -torch.inf
     if case.layout == "expanded":
         logits = logits[:, :1].expand_as(logits)
+    return posed(case, logits, g)
+
+
+def posed(case: Case, logits: torch.Tensor, g: torch.Generator):
+    """A call that judges trees by these logits: its arguments, its keywords and the right answers."""
+    trees = [cases.tree_of(case.kind, case.n, g) for _ in range(case.batch if case.own_trees else 1)]
+    parents = torch.stack([tree.parents for tree in trees])
     tokens = torch.stack([_tokens(case, trees[b % len(trees)], logits[b], g) for b in range(case.batch)])
     seed = torch.randint(-(2**63), 2**63 - 1, (case.batch,), generator=g)
     offset = torch.randint(0, 2**40, (case.batch,), generator=g)

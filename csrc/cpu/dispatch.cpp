@@ -22,14 +22,16 @@ struct Kernels {
   decltype(&portable::linear) linear;
   decltype(&portable::draft_heads) draft_heads;
   decltype(&portable::verify_tree) verify_tree;
+  decltype(&portable::verify_lm_head) verify_lm_head;
   decltype(&portable::compact_kv) compact_kv;
   decltype(&portable::packed_bytes) packed_bytes;
   decltype(&portable::pack) pack;
 };
 
-#define MEDUSA_KERNELS(isa, supported)                                                                       \
-  {#isa,        supported,        isa::tree_attention, isa::rotary_append, isa::rms_norm,     isa::silu_mul, \
-   isa::linear, isa::draft_heads, isa::verify_tree,    isa::compact_kv,    isa::packed_bytes, isa::pack}
+#define MEDUSA_KERNELS(isa, supported)                                                                          \
+  {#isa,        supported,        isa::tree_attention, isa::rotary_append,  isa::rms_norm,   isa::silu_mul,     \
+   isa::linear, isa::draft_heads, isa::verify_tree,    isa::verify_lm_head, isa::compact_kv, isa::packed_bytes, \
+   isa::pack}
 
 #ifdef MEDUSA_X86
 bool has_avx512() {
@@ -81,6 +83,7 @@ void silu_mul(const SiluMulParams& p) { kernels().silu_mul(p); }
 void linear(const LinearParams& p) { kernels().linear(p); }
 void draft_heads(const DraftHeadsParams& p) { kernels().draft_heads(p); }
 void verify_tree(const VerifyTreeParams& p) { kernels().verify_tree(p); }
+void verify_lm_head(const VerifyLmHeadParams& p) { kernels().verify_lm_head(p); }
 void compact_kv(const CompactKvParams& p) { kernels().compact_kv(p); }
 
 int64_t packed_bytes(int matrices, int out_features, int in_features, WeightFormat format) {

@@ -13,6 +13,7 @@
   void linear(const LinearParams&);                                                                                  \
   void draft_heads(const DraftHeadsParams&);                                                                         \
   void verify_tree(const VerifyTreeParams&);                                                                         \
+  void verify_lm_head(const VerifyLmHeadParams&);                                                                    \
   void compact_kv(const CompactKvParams&);                                                                           \
   int64_t packed_bytes(int matrices, int out_features, int in_features, WeightFormat);                               \
   void pack(const void* weight, void* packed, int matrices, int out_features, int in_features, DType, WeightFormat); \

@@ -14,6 +14,7 @@ void silu_mul(const SiluMulParams&);
 void linear(const LinearParams&);
 void draft_heads(const DraftHeadsParams&);
 void verify_tree(const VerifyTreeParams&);
+void verify_lm_head(const VerifyLmHeadParams&);
 void compact_kv(const CompactKvParams&);
 
 // Bytes of `matrices` packed matrices that lie one behind the other; each begins on a 64-byte boundary.

@@ -22,29 +22,81 @@ inline float philox_uniform(uint64_t key, uint64_t counter) {
   return static_cast<float>(words[0] >> 8) * 0x1p-24f;
 }
 
-constexpr int kSumSpan = 512;  // floats are summed over this many, spans in double: one order for every row
+// A row is summed span by span: inside a span in fp32, relative to the span's own largest logit, and from span to span
+// in double. So a span's sums do not wait for the rest of the row, and every row has one order.
+constexpr int kSumSpan = 512;
 
-// Calls body(offset, count, sum of the span) for the spans of `weights`, in order, until it returns true.
-template <class Body>
-inline void for_spans(const float* weights, int count, const Body& body) {
-  for (int begin = 0; begin < count; begin += kSumSpan) {
-    const int span = smaller(kSumSpan, count - begin);
-    Vec total = zero();
-    for_vectors(span, [&](int i, int lanes) { total = total + load_part(weights + begin + i, lanes); });
-    if (body(begin, span, static_cast<double>(sum(total)))) return;
-  }
-}
+// `most` is the largest logit / temperature. A weight is exp(logit / temperature - most).
+struct SpanSum {
+  float most;
+  float total;     // of the weights
+  float products;  // of weight * (logit / temperature - most)
+};
 
-// scaled[i] = logits[i] / temperature; returns the largest.
-inline float scale_row(const void* logits, DType dtype, int vocab, float temperature, float* scaled) {
+inline int spans_of(int vocab) { return static_cast<int>(ceil_div(vocab, kSumSpan)); }
+inline int span_length(int vocab, int span) { return smaller(kSumSpan, vocab - span * kSumSpan); }
+
+// The weights and sums of `count` logits from the one at `first` on.
+inline SpanSum weigh_span(const void* logits, DType dtype, int64_t first, int count, float temperature,
+                          float* weights) {
   Vec most = set(-__builtin_inff());
   const Vec t = set(temperature);
-  for_vectors(vocab, [&](int i, int lanes) {
-    const Vec value = load_part(logits, dtype, i, lanes) / t;
-    store_part(scaled + i, value, lanes);
+  for_vectors(count, [&](int i, int lanes) {
+    const Vec value = load_part(logits, dtype, first + i, lanes) / t;
+    store_part(weights + i, value, lanes);
     most = max(most, first_lanes(value, lanes, -__builtin_inff()));
   });
-  return largest(most);
+  // -inf less -inf would be NaN. Where exp is 0 the product must be 0 too, not 0 times infinity.
+  const Vec shift = max(set(largest(most)), set(-3e38f)), least = set(-104.f);
+  Vec total = zero(), products = zero();
+  for_vectors(count, [&](int i, int lanes) {
+    const Vec shifted = max(load_part(weights + i, lanes) - shift, least);
+    const Vec weight = first_lanes(exp(shifted), lanes, 0.f);
+    store_part(weights + i, weight, lanes);
+    total = total + weight;
+    products = products + weight * shifted;
+  });
+  return {largest(most), sum(total), sum(products)};
+}
+
+inline float most_of(const SpanSum* spans, int count) {
+  float most = spans[0].most;
+  for (int s = 1; s < count; ++s) most = larger(most, spans[s].most);
+  return most;
+}
+
+// What the weights of a span count beside those of the span with the row's largest logit.
+inline double scale_of(const SpanSum& span, float most) { return exp(span.most - most); }
+
+// The first id at which the running sum of the weights exceeds u times their total, else the last of positive weight.
+// weights_of(span) points to a span's weights.
+template <class WeightsOf>
+inline int find_token(const SpanSum* spans, int vocab, float u, const WeightsOf& weights_of) {
+  const int count = spans_of(vocab);
+  const float most = most_of(spans, count);
+  double total = 0;
+  for (int s = 0; s < count; ++s) total += spans[s].total * scale_of(spans[s], most);
+  // Like top_p's, this product is the definition's: rounded to fp32.
+  const double limit = u * static_cast<float>(total);
+  double sum = 0, before = 0;
+  int chosen = 0;
+  for (int s = 0; s < count && !(sum > limit); ++s) {
+    const double part = spans[s].total * scale_of(spans[s], most);
+    if (part > 0) {
+      chosen = s;
+      before = sum;
+    }
+    sum += part;
+  }
+  const float* weights = weights_of(chosen);
+  const double scale = scale_of(spans[chosen], most);
+  int token = 0;
+  for (int i = 0; i < span_length(vocab, chosen) && !(before > limit); ++i) {
+    if (!(weights[i] > 0)) continue;
+    token = i;
+    before += weights[i] * scale;
+  }
+  return chosen * kSumSpan + token;
 }
 
 // Unsigned integers in the order of the floats; -0 and 0 are one.
@@ -61,6 +113,8 @@ struct Cut {
   uint32_t key;
   int ties;
 };
+
+constexpr int kBins = 2048;
 
 // measure(i): 1 to count tokens, the weight to sum probability. A radix descent over the keys' 11, 11 and 10 bits.
 template <class Logit, class Measure>
@@ -97,57 +151,53 @@ inline void apply_cut(Cut cut, int vocab, const Logit& logit, float* weights) {
   }
 }
 
-// Draws a token from softmax(logits / temperature) truncated by top_k, then top_p. `memory` holds 2 * vocab floats and
-// 2048 doubles.
-inline int draw(const void* logits, DType dtype, int vocab, float temperature, float top_p, int top_k, uint64_t seed,
-                uint64_t counter, double* memory) {
-  double* bins = memory;
-  float* raw = reinterpret_cast<float*>(memory + 2048);
-  float* weights = raw + vocab;
-  const Vec most = set(scale_row(logits, dtype, vocab, temperature, weights));
-  for_vectors(vocab, [&](int i, int lanes) {
-    store_part(weights + i, exp(load_part(weights + i, lanes) - most), lanes);
-    store_part(raw + i, load_part(logits, dtype, i, lanes), lanes);
-  });
-  const auto logit = [&](int i) { return raw[i]; };
-  if (top_k > 0 && top_k < vocab) {
-    apply_cut(find_cut(vocab, top_k, bins, logit, [](int) { return 1.0; }), vocab, logit, weights);
-  }
-  double total = 0;
-  const auto add_up = [&] {
-    total = 0;
-    for_spans(weights, vocab, [&](int, int, double part) {
-      total += part;
-      return false;
-    });
-  };
-  add_up();
-  if (top_p < 1) {
-    const auto weight = [&](int i) { return static_cast<double>(weights[i]); };
-    apply_cut(find_cut(vocab, top_p * static_cast<float>(total), bins, logit, weight), vocab, logit, weights);
-    add_up();
-  }
-
-  // Like top_p's, this product is the definition's: rounded to fp32.
-  const double limit = philox_uniform(seed, counter) * static_cast<float>(total);
-  double running = 0;
-  int token = -1;
-  for_spans(weights, vocab, [&](int begin, int count, double part) {
-    if (running + part > limit) {
-      double within = running;
-      for (int i = begin; i < begin + count && token < 0; ++i) {
-        within += weights[i];
-        if (within > limit) token = i;
-      }
+// Sets the weights of what top_k, then top_p leave out to 0, and mends the spans' totals.
+inline void truncate(const float* logits, int vocab, float top_p, int top_k, float* weights, SpanSum* spans,
+                     double* bins) {
+  const int count = spans_of(vocab);
+  double* scales = bins + kBins;
+  const float most = most_of(spans, count);
+  for (int s = 0; s < count; ++s) scales[s] = scale_of(spans[s], most);
+  const auto logit = [&](int i) { return logits[i]; };
+  const auto cut = [&](double target, const auto& measure) {
+    apply_cut(find_cut(vocab, target, bins, logit, measure), vocab, logit, weights);
+    for (int s = 0; s < count; ++s) {
+      Vec total = zero();
+      const float* own = weights + s * kSumSpan;
+      for_vectors(span_length(vocab, s), [&](int i, int lanes) { total = total + load_part(own + i, lanes); });
+      spans[s].total = sum(total);
     }
-    running += part;
-    return token >= 0;
-  });
-  if (token >= 0) return token;
-  // The limit rounds up to the total when u is just under 1: the last token of positive weight.
-  for (token = vocab - 1; token > 0 && !(weights[token] > 0); --token) {
+  };
+  if (top_k > 0 && top_k < vocab) cut(top_k, [](int) { return 1.0; });
+  if (top_p < 1) {
+    double total = 0;
+    for (int s = 0; s < count; ++s) total += spans[s].total * scales[s];
+    cut(top_p * static_cast<float>(total), [&](int i) { return weights[i] * scales[i / kSumSpan]; });
   }
-  return token;
+}
+
+// Bytes that draw works in.
+inline size_t draw_bytes(int vocab) {
+  return kBins * sizeof(double) + vocab * 2 * sizeof(float) + spans_of(vocab) * (sizeof(double) + sizeof(SpanSum));
+}
+
+// Draws a token from softmax(logits / temperature) truncated by top_k, then top_p.
+inline int draw(const void* logits, DType dtype, int vocab, float temperature, float top_p, int top_k, uint64_t seed,
+                uint64_t counter, void* memory) {
+  const int count = spans_of(vocab);
+  auto* doubles = static_cast<double*>(memory);  // find_cut's bins, then a scale per span
+  float* weights = reinterpret_cast<float*>(doubles + kBins + count);
+  float* raw = weights + vocab;
+  auto* spans = reinterpret_cast<SpanSum*>(raw + vocab);
+  for (int s = 0; s < count; ++s) {
+    const int first = s * kSumSpan;
+    spans[s] = weigh_span(logits, dtype, first, span_length(vocab, s), temperature, weights + first);
+  }
+  if ((top_k > 0 && top_k < vocab) || top_p < 1) {
+    for_vectors(vocab, [&](int i, int lanes) { store_part(raw + i, load_part(logits, dtype, i, lanes), lanes); });
+    truncate(raw, vocab, top_p, top_k, weights, spans, doubles);
+  }
+  return find_token(spans, vocab, philox_uniform(seed, counter), [&](int s) { return weights + s * kSumSpan; });
 }
 
 }  // namespace

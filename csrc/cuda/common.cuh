@@ -86,6 +86,17 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// Each lane gets the sum of its own and all lower lanes.
+template <class X>
+__device__ __forceinline__ X inclusive_scan(X x) {
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const X other = __shfl_up_sync(kFullWarp, x, by);
+    if (static_cast<int>(threadIdx.x % 32) >= by) x += other;
+  }
+  return x;
+}
+
 // Every thread gets the sum over the block, added in one fixed order. `partial` has a float per warp.
 __device__ __forceinline__ float block_sum(float x, float* partial) {
   x = warp_sum(x);

@@ -27,6 +27,8 @@ WorkspaceSize draft_heads_workspace(const DraftHeadsParams&);
 int draft_heads(const DraftHeadsParams&, Workspace, uintptr_t stream);
 WorkspaceSize verify_tree_workspace(const VerifyTreeParams&);
 int verify_tree(const VerifyTreeParams&, Workspace, uintptr_t stream);
+WorkspaceSize verify_lm_head_workspace(const VerifyLmHeadParams&);
+int verify_lm_head(const VerifyLmHeadParams&, Workspace, uintptr_t stream);
 int rotary_append(const RotaryAppendParams&, uintptr_t stream);
 int rms_norm(const RmsNormParams&, uintptr_t stream);
 int silu_mul(const SiluMulParams&, uintptr_t stream);

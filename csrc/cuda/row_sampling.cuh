@@ -2,6 +2,7 @@
 // order that depends on the vocabulary alone, so a row gives the same token whatever stands beside it.
 #pragma once
 #include "cuda/common.cuh"
+#include "cuda/slices.cuh"
 
 namespace medusa::cuda {
 
@@ -15,23 +16,6 @@ struct RowShared {
   int segment_ties[kRowWarps];
   int token;
 };
-
-// A multiple of 2^-24 in [0, 1) from Philox4x32-10 (Salmon et al., 2011); key and counter are 64-bit, low word first.
-__device__ inline float philox_uniform(uint64_t seed, uint64_t counter) {
-  uint32_t x[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const uint32_t low0 = 0xD2511F53u * x[0], high0 = __umulhi(0xD2511F53u, x[0]);
-    const uint32_t low1 = 0xCD9E8D57u * x[2], high1 = __umulhi(0xCD9E8D57u, x[2]);
-    x[0] = high1 ^ x[1] ^ key[0];
-    x[1] = low1;
-    x[2] = high0 ^ x[3] ^ key[1];
-    x[3] = low0;
-    key[0] += 0x9E3779B9u;
-    key[1] += 0xBB67AE85u;
-  }
-  return static_cast<float>(x[0] >> 8) * 0x1p-24f;
-}
 
 // The tokens that survive truncation: keys above `key`, and the first `ties` ids whose key it is.
 struct Kept {
@@ -66,6 +50,14 @@ struct Row {
   __device__ __forceinline__ float shifted(float logit) const { return logit / temperature - top / temperature; }
   __device__ __forceinline__ float weight(float logit) const { return expf(shifted(logit)); }
   __device__ __forceinline__ float sum(float x) const { return block_sum(x, s.partial[0]); }
+
+  // This lane's part of slice `index` (slices.cuh).
+  __device__ __forceinline__ void slice(int index, float (&logit)[kLaneIds]) const {
+    const int first = index * kSliceIds + lane() * kLaneIds;
+    if (N >= kLaneIds && first < vocab) return load<kLaneIds>(logits + first, logit);
+#pragma unroll
+    for (int j = 0; j < kLaneIds; ++j) logit[j] = first + j < vocab ? to_float(logits[first + j]) : -INFINITY;
+  }
 
   // The lowest id of the largest logit. Sets `top`.
   __device__ int argmax() {
@@ -199,16 +191,6 @@ struct Row {
 
  private:
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-
-  template <class X>
-  static __device__ __forceinline__ X inclusive_scan(X x) {
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const X other = __shfl_up_sync(kFullWarp, x, by);
-      if (static_cast<int>(threadIdx.x % 32) >= by) x += other;
-    }
-    return x;
-  }
 
   // One warp: walks a segment in order of ids until the running sum, which stands at `running`, exceeds target.
   __device__ int find(int begin, int end, Kept kept, float tie_weight, float running, int ties, float target) const {

@@ -63,7 +63,7 @@ def test_nothing_spills(source, arch):
         ),
         *(
             (op, i)
-            for op in ("draft_heads", "linear")
+            for op in ("draft_heads", "linear", "verify_lm_head")
             for i in ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDG.E.NA.128")
         ),
         ("compact_kv", "LDG.E.128"),

@@ -154,6 +154,27 @@ void rows(Random& random, DType dtype, Outputs& outputs) {
   outputs.push_back(std::move(gated));
 }
 
+// The same tree and modes, judged by a random LM head.
+void verify_lm_head(Random& random, VerifyTreeParams tree, Outputs& outputs) {
+  const int hidden = 1 + random.below(90);
+  const Buffer x = random.values(tree.dtype, tree.batch * tree.n * hidden);
+  const Buffer weight = random.values(tree.dtype, static_cast<size_t>(tree.vocab) * hidden);
+  const auto plain = static_cast<WeightFormat>(tree.dtype);
+  for (const WeightFormat format : {plain, WeightFormat::packed_bf16, WeightFormat::packed_int8}) {
+    const bool pack = format != plain;
+    const Buffer block = packed(weight, tree.dtype, 1, tree.vocab, hidden, pack ? format : WeightFormat::packed_f32);
+    Buffer accepted(tree.batch * (tree.max_depth + 1) * 4), length(tree.batch * 4), next(tree.batch * 4);
+    tree.logits = nullptr;
+    tree.accepted_nodes = accepted.at<int32_t>();
+    tree.accept_length = length.at<int32_t>();
+    tree.next_token = next.at<int32_t>();
+    cpu::verify_lm_head({x.data(), pack ? block.data() : weight.data(), tree, hidden, format});
+    outputs.push_back(std::move(accepted));
+    outputs.push_back(std::move(length));
+    outputs.push_back(std::move(next));
+  }
+}
+
 void verify(Random& random, DType dtype, Outputs& outputs) {
   const int batch = 3, n = 1 + random.below(20), vocab = 2 + random.below(3000), hidden_bytes = 6;
   const Tree tree(random, n);
@@ -167,28 +188,30 @@ void verify(Random& random, DType dtype, Outputs& outputs) {
   Buffer seed(batch * sizeof(int64_t)), accepted(batch * width * 4), length(batch * 4), next(batch * 4);
   const Buffer start = ints({0, 3, 7});
   std::fill_n(seed.at<int64_t>(), batch, 7);
-  cpu::verify_tree({logits.data(),
-                    tokens.at<int32_t>(),
-                    tree.parents.at<int32_t>(),
-                    mode.at<int32_t>(),
-                    numbers.at<float>(),
-                    numbers.at<float>(),
-                    top_k.at<int32_t>(),
-                    numbers.at<float>(),
-                    numbers.at<float>(),
-                    seed.at<int64_t>(),
-                    seed.at<int64_t>(),
-                    accepted.at<int32_t>(),
-                    length.at<int32_t>(),
-                    next.at<int32_t>(),
-                    static_cast<int64_t>(n) * vocab,
-                    vocab,
-                    0,
-                    batch,
-                    n,
-                    vocab,
-                    tree.depth,
-                    dtype});
+  const VerifyTreeParams params = {logits.data(),
+                                   tokens.at<int32_t>(),
+                                   tree.parents.at<int32_t>(),
+                                   mode.at<int32_t>(),
+                                   numbers.at<float>(),
+                                   numbers.at<float>(),
+                                   top_k.at<int32_t>(),
+                                   numbers.at<float>(),
+                                   numbers.at<float>(),
+                                   seed.at<int64_t>(),
+                                   seed.at<int64_t>(),
+                                   accepted.at<int32_t>(),
+                                   length.at<int32_t>(),
+                                   next.at<int32_t>(),
+                                   static_cast<int64_t>(n) * vocab,
+                                   vocab,
+                                   0,
+                                   batch,
+                                   n,
+                                   vocab,
+                                   tree.depth,
+                                   dtype};
+  cpu::verify_tree(params);
+  verify_lm_head(random, params, outputs);
   const int layers = 3, max_seqlen = 7 + n;
   Buffer cache = random.values(DType::bf16, static_cast<size_t>(layers) * 2 * batch * max_seqlen * hidden_bytes / 2);
   const int64_t row = hidden_bytes / 2, sequence = row * max_seqlen;

@@ -1,0 +1,95 @@
+// The walk down the tree, whatever the nodes' judgements were made from.
+#pragma once
+#include <math.h>
+
+#include "sampling.h"
+
+namespace medusa::cpu::MEDUSA_ISA {
+namespace {
+
+constexpr int kNodes = 256;
+
+// What a row of logits says about the tokens after it.
+struct Judgement {
+  int32_t argmax;     // greedy
+  float most, log_z;  // typical: ln P[t] = logits[t] / temperature - most - log_z
+  float floor;        // a child is accepted above this probability
+};
+
+inline VerifyMode mode_of(const VerifyTreeParams& p, int b) {
+  return p.mode && p.temperature[b] > 0 ? static_cast<VerifyMode>(p.mode[b]) : VerifyMode::greedy;
+}
+
+inline Judgement judge_typical(const VerifyTreeParams& p, int b, const SpanSum* spans) {
+  const int count = spans_of(p.vocab);
+  Judgement j = {};
+  j.most = most_of(spans, count);
+  double total = 0, products = 0;
+  for (int s = 0; s < count; ++s) {
+    const double scale = scale_of(spans[s], j.most);
+    if (!(scale > 0)) continue;
+    total += scale * spans[s].total;
+    products += scale * (spans[s].products + static_cast<double>(spans[s].most - j.most) * spans[s].total);
+  }
+  j.log_z = static_cast<float>(::log(total));
+  const double entropy = ::log(total) - products / total;
+  j.floor = smaller(p.posterior_threshold[b], p.posterior_alpha[b] * static_cast<float>(::exp(-entropy)));
+  return j;
+}
+
+inline uint64_t draw_counter(const VerifyTreeParams& p, int b, int depth) {
+  return static_cast<uint64_t>(p.offset[b]) + static_cast<uint64_t>(depth) + 1;
+}
+
+// Sequence b's path and the token after it. `rows` has judgement(node), logit(node): that of the node's token at its
+// parent, and draw(node, depth).
+template <class Rows>
+inline void accept(const VerifyTreeParams& p, int b, const Rows& rows) {
+  const auto token = [&](int node) { return p.tree_tokens[static_cast<int64_t>(b) * p.n + node]; };
+  const auto parent = [&](int node) { return p.parents[b * p.parents_batch_stride + node]; };
+  const auto finish = [&](int last, int depth, int next) {
+    int32_t* nodes = p.accepted_nodes + static_cast<int64_t>(b) * (p.max_depth + 1);
+    for (int i = depth + 1; i <= p.max_depth; ++i) nodes[i] = -1;
+    for (int node = last, i = depth; i >= 0; node = parent(node), --i) nodes[i] = node;
+    p.accept_length[b] = depth;
+    p.next_token[b] = next;
+  };
+
+  const VerifyMode mode = mode_of(p, b);
+  if (mode == VerifyMode::lossless) {
+    int last = 0;
+    for (int depth = 0;; ++depth) {
+      const int drawn = rows.draw(last, depth);
+      int child = last + 1;
+      while (child < p.n && (parent(child) != last || token(child) != drawn)) ++child;
+      if (child == p.n) return finish(last, depth, drawn);
+      last = child;
+    }
+  }
+
+  int depth[kNodes];
+  double score[kNodes];  // typical: sum of ln P along the path
+  depth[0] = 0;
+  score[0] = 0;
+  int last = 0;
+  for (int node = 1; node < p.n; ++node) {
+    const int up = parent(node);
+    depth[node] = -1;
+    if (depth[up] < 0) continue;
+    const Judgement& j = rows.judgement(up);
+    score[node] = 0;
+    if (mode == VerifyMode::greedy) {
+      if (token(node) != j.argmax) continue;
+    } else {
+      const float logp = rows.logit(node) / p.temperature[b] - j.most - j.log_z;
+      if (!(expf(logp) > j.floor)) continue;
+      score[node] = score[up] + logp;
+    }
+    depth[node] = depth[up] + 1;
+    if (depth[node] > depth[last] || (depth[node] == depth[last] && score[node] > score[last])) last = node;
+  }
+  finish(last, depth[last], mode == VerifyMode::greedy ? rows.judgement(last).argmax : rows.draw(last, depth[last]));
+}
+
+}  // namespace
+}  // namespace medusa::cpu::MEDUSA_ISA
