@@ -16,7 +16,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, where
 from medusa_engine.model import Forward, Model
-from medusa_kernels import Tree
+from medusa_engine.prefill import chain_layout
 
 DTYPES = ("float32", "bfloat16", "int8")
 MODULES = {"code": ("heapq", "textwrap"), "prose": ("statistics", "unittest.mock")}
@@ -90,23 +90,26 @@ def read(model: Model, rows: Tensor) -> Reading:
 
 
 def _read_window(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
-    cache = model.new_cache(1, len(ids))
-    losses, choices, forward = [], [], None
-    for start in range(0, len(ids) - 1, CHUNK):
-        chunk = ids[start : min(start + CHUNK, len(ids) - 1)]
+    losses, choices = [], []
+    for logits, following in zip(read_logits(model, ids[:-1]), ids[1:].long().split(CHUNK), strict=True):
+        losses.append(torch.nn.functional.cross_entropy(logits.double(), following, reduction="none"))
+        choices.append(logits.argmax(-1))
+    return torch.cat(losses), torch.cat(choices)
+
+
+def read_logits(model: Model, ids: Tensor) -> Iterator[Tensor]:
+    """The logits (rows, vocab) after each of int32 `ids` (length,), CHUNK rows at a time; valid until the next."""
+    cache, forward = model.new_cache(1, len(ids)), None
+    for chunk in ids.split(CHUNK):
         n = len(chunk)
         if forward is None or forward.tokens.shape[1] != n:
-            chain = Tree.named(f"chain-{n - 1}") if n > 1 else Tree.from_choices([])
-            forward = Forward(model, cache, n, chain.depths, chain.mask_words)
+            forward = Forward(model, cache, n, *chain_layout(n, model.device))
             logits, head = model.head(forward.hidden)
         forward.tokens.copy_(chunk)
         forward.run()
         head()
         cache.seqlens.add_(n)
-        following = ids[start + 1 : start + 1 + n].long()
-        losses.append(torch.nn.functional.cross_entropy(logits.double(), following, reduction="none"))
-        choices.append(logits.argmax(-1))
-    return torch.cat(losses), torch.cat(choices)
+        yield logits
 
 
 def compare(readings: dict[str, dict[str, Reading]]) -> list[dict]:
