@@ -170,7 +170,10 @@ def prove_outcomes(
 def count_equal(engine: Medusa, prompts: list[str], tokens: int, options: Mapping) -> int:
     """Prompts whose seeded text is the same with guesses and without."""
     texts = [
-        [engine.generate(p, tokens, seed=i, medusa=medusa, **options).token_ids for i, p in enumerate(tqdm(prompts))]
+        [
+            engine.generate(p, tokens, seed=i, medusa=medusa, **options).token_ids
+            for i, p in enumerate(tqdm(prompts, desc="equal", disable=None))
+        ]
         for medusa in (True, False)
     ]
     return sum(fast == plain for fast, plain in zip(*texts, strict=True))
