@@ -3,16 +3,25 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import medusa_kernels
-from bench.readme import ROOT, render, rows
+from bench.readme import KEYS, ROOT, TABLES, render, rows
 from medusa_engine.cli import cli
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_results_are_those_of_bench_results():
-    assert rows()
+    assert all(rows(benchmark) for benchmark in KEYS)
     assert render(README) == README
+    for name in TABLES:
+        assert f"<!-- results: {name} -->" in README
+
+
+def test_a_block_of_no_known_name():
+    with pytest.raises(ValueError, match="results must be one of decoding, peers, drafts, sampling, not 'speed'"):
+        render("<!-- results: speed -->\n<!-- /results -->")
 
 
 def test_commands_exist():

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
     from .tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "CheckpointError", "HeadsOnlyError", "download_snapshot", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "HeadsOnlyError", "download_snapshot", "fetched", "open_checkpoint"]
 
 _MEDUSA_PREFIX = "medusa_head."
 _SHOWN = 8  # names in a message before it only counts
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
-_HUB_BINARIES = ("*.bin", "*.bin.index.json")
+_HUB_BINARIES = ("*.bin", "*.bin.index.json", "medusa_lm_head.pt")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class _Weights(Protocol):
@@ -122,16 +123,29 @@ def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:
         from .default_model import default_model_path
 
         return _open_folder(default_model_path())
-    path = Path(model).expanduser()
+    path = Path(fetched(model)).expanduser()
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
             return _open_gguf(path)
         raise CheckpointError(f"{path}: not a model; pass its folder, a .gguf file, a hub id or 'default'")
-    if path.suffix != ".gguf" and re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model)):
-        return _open_folder(_hub_folder(str(model)))
     raise CheckpointError(f"{path}: no such file or folder, and not a hub id of the form org/name")
+
+
+def fetched(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder of a hub id's files, from the hub or its local cache; whatever is no hub id as it is.
+
+    Raises:
+        CheckpointError: the hub does not give it.
+    """
+    name = os.fspath(model)
+    if name.endswith(".gguf") or not _HUB_ID.fullmatch(name) or Path(name).exists():
+        return model
+    folder = download_snapshot(name, _HUB_FILES)
+    if not any(folder.glob("*.safetensors")):
+        folder = download_snapshot(name, (*_HUB_FILES, *_HUB_BINARIES))
+    return folder
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -280,13 +294,6 @@ def download_snapshot(repo: str, patterns: tuple[str, ...]) -> Path:
             f"{repo}: no such folder here, and the hub did not give it ({_first_line(error)}); check the name, the "
             "network and `hf auth login`, or download the model elsewhere and pass its folder"
         ) from None
-
-
-def _hub_folder(repo: str) -> Path:
-    folder = download_snapshot(repo, _HUB_FILES)
-    if not any(folder.glob("*.safetensors")):
-        folder = download_snapshot(repo, (*_HUB_FILES, *_HUB_BINARIES))
-    return folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoint import open_checkpoint
+from .checkpoint import fetched, open_checkpoint
 from .engine import Medusa
 from .heads_files import base_model_of, is_heads_only
 from .observe import moments
@@ -122,6 +122,7 @@ class Transformers:
         """
         if engine.dtype not in ROUNDING:
             raise ValueError(f"transformers has no weights of dtype {engine.dtype!r} to compare with; use float32")
+        model = fetched(model)
         path = open_checkpoint(base_model_of(model) if is_heads_only(model) else model).path
         if not path.is_dir():
             raise ValueError(f"{path}: comparing with transformers needs a model folder or a hub id, not a GGUF file")

@@ -11,7 +11,7 @@ import torch
 from medusa_kernels import Tree
 
 from .captured import RUN_AHEAD, Cuda, Steps, steps_of
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, fetched, open_checkpoint
 from .decode import Decoder
 from .draft_choice import choose_drafter
 from .dynamic_tree import DynamicTree
@@ -82,7 +82,8 @@ class Medusa:
 
         Args:
             model: "default" (SmolLM2-135M-Instruct and the heads shipped for it, fetched when missing), a folder, a
-                .gguf file or a hub id. A folder that holds only heads stands for them and the base model they name.
+                .gguf file or a hub id. Heads alone, in a folder or on the hub, stand for them and the base model they
+                name.
             heads: a folder, file or hub id. None with another model: the Medusa-2 heads inside it, else plain
                 decoding only.
             draft: where the guesses come from. "medusa": the heads. "prompt-lookup": what followed the last time the
@@ -104,17 +105,15 @@ class Medusa:
             raise ValueError(f"heads are for draft='medusa'; with draft={draft!r} they must be None")
         device = _device(device, backend)
         dtype = _dtype(dtype, device)
-        if os.fspath(model) == "default" and heads is None:
+        named, model = os.fspath(model), fetched(model)
+        if named == "default" and heads is None:
             heads = DEFAULT_HEADS if uses_heads else None
         elif is_heads_only(model):
             if heads is not None:
-                raise ValueError(f"model {os.fspath(model)!r} holds only Medusa heads, so heads must be None")
-            heads, base = model, base_model_of(model)
-            if base is None:
-                raise ValueError(
-                    f"model {os.fspath(model)!r} holds only Medusa heads and names no base_model_name_or_path"
-                )
-            model, heads = base, heads if uses_heads else None
+                raise ValueError(f"model {named!r} holds only Medusa heads, so heads must be None")
+            heads, model = model if uses_heads else None, base_model_of(model)
+            if model is None:
+                raise ValueError(f"model {named!r} holds only Medusa heads and names no base_model_name_or_path")
         checkpoint = open_checkpoint(model)
         config = checkpoint.config
         max_seqlen = _max_seqlen(max_seqlen, checkpoint)

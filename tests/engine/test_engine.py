@@ -189,6 +189,31 @@ def test_a_folder_of_heads_names_its_base(tmp_path):
         load(tmp_path / "nameless")
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_heads_on_the_hub_name_their_base(tmp_path, monkeypatch, suffix):
+    """Heads in PyTorch's own format are fetched as well, though only where there is nothing safer."""
+    heads = replace(load_heads(counting_heads_folder()), base_model_name_or_path="org/base")
+    save_heads(tmp_path / "there", heads, dtype=torch.float32)
+    if suffix == "pt":
+        file = tmp_path / "there" / "medusa_lm_head.safetensors"
+        torch.save(load_file(file), file.with_suffix(".pt"))
+        file.unlink()
+
+    def snapshot_download(repo, *, allow_patterns, ignore_patterns=()):
+        if repo == "org/base":
+            return str(counting_folder())
+        here = tmp_path / "here"
+        for file in (tmp_path / "there").iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                here.mkdir(exist_ok=True)
+                shutil.copy(file, here)
+        return str(here)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load("org/heads", tree="chain-3").generate("a", 21).stats.tokens_per_step == 4.0
+    assert load("org/heads", draft="prompt-lookup").heads is None
+
+
 def test_medusa_2_heads_inside_the_model(tmp_path):
     shutil.copytree(counting_folder(), tmp_path, dirs_exist_ok=True)
     heads = counting_heads(3)
