@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.losslessness import LENGTH, chi_square, count, outcomes
 from medusa_engine import Medusa
 from medusa_engine.cli import main
 from medusa_engine.decode import Decoder
@@ -136,38 +137,20 @@ def test_seeded_lossless_is_seeded_plain_sampling(source, options):
 
 
 def test_sampled_text_has_the_models_own_distribution():
-    """Whole outputs of three tokens against their exact probabilities; a biased acceptance fails the same test.
-
-    The counting model's next token depends on its last one alone, so the probabilities are products of three rows.
-    """
-    folder = counting_folder(3.0)
-    rows = (load_file(folder / "model.safetensors")["lm_head.weight"].double().T * len(SPOKEN) ** 0.5).topk(3)
-    following = [
-        dict(zip(i, p, strict=True)) for i, p in zip(rows[1].tolist(), rows[0].softmax(-1).tolist(), strict=True)
-    ]
-    outcomes = {(): 1.0}
-    for _ in range(3):
-        outcomes = {
-            (*text, i): p * q
-            for text, p in outcomes.items()
-            for i, q in following[text[-1] if text else token("a")].items()
-        }
-    assert (len(outcomes), sum(outcomes.values())) == (27, pytest.approx(1))
+    """Whole outputs against their exact probabilities; a biased acceptance fails the same test."""
+    base = Medusa.from_pretrained(counting_folder(3.0), dtype="float32")
+    exact = outcomes(base, [token("a")], {"temperature": 1.0, "top_p": 1.0, "top_k": 0})
 
     def p_value(engine: Medusa, **options) -> float:
-        seen = dict.fromkeys(outcomes, 0)
-        for batch in range(4):
-            seeds = range(256 * batch, 256 * (batch + 1))
-            for text in engine.generate([[token("a")]] * 256, 3, ignore_eos=True, seed=seeds, **options).token_ids:
-                seen[tuple(text)] += 1
-        expected = {text: 1024 * p for text, p in outcomes.items()}
-        chi_square = sum((seen[text] - expected[text]) ** 2 / expected[text] for text in outcomes)
-        return float(torch.special.gammaincc(torch.tensor(13.0), torch.tensor(chi_square / 2)))
+        texts = []
+        for seed in range(0, 1024, 256):
+            seeds = range(seed, seed + 256)
+            texts += engine.generate([[token("a")]] * 256, LENGTH, ignore_eos=True, seed=seeds, **options).token_ids
+        return chi_square((count(texts, exact), 1024 * torch.tensor(list(exact.values()))))["p_value"]
 
-    base = Medusa.from_pretrained(folder, dtype="float32")
     for draft in ("first-layers:1", wrong_at(lambda last: last % 2, peak=3.0), "prompt-lookup"):
-        assert p_value(base.with_draft(draft, tree="chain-2"), mode="lossless", top_k=3) > 1e-4
-    biased = {"mode": "typical", "posterior_threshold": 0.01, "top_k": 3}
+        assert p_value(base.with_draft(draft, tree="chain-2"), mode="lossless") > 1e-4
+    biased = {"mode": "typical", "posterior_threshold": 0.01}
     assert p_value(base.with_draft("first-layers:1", tree="chain-2"), **biased) < 1e-12
 
 
@@ -304,8 +287,8 @@ def test_the_last_row_is_reached_and_never_passed():
 def test_decoders_are_reused():
     engine = target().with_draft(noisy_folder(), tree=4)
     calls = [(RAGGED[:2], 8), (RAGGED[:1], 8), (RAGGED[4:5], 50), (RAGGED[:1], 8), (RAGGED[:2], 8)]
-    for prompts, count in calls:
-        assert engine.generate(prompts, count).token_ids == target().generate(prompts, count, medusa=False).token_ids
+    for prompts, tokens in calls:
+        assert engine.generate(prompts, tokens).token_ids == target().generate(prompts, tokens, medusa=False).token_ids
 
 
 # Trees and mistakes
