@@ -96,9 +96,11 @@ class Decoder:
         self.layout = layout_of(tree, batch, device)
         self._forward = Forward(model, self.cache, n, self.layout.depths, self.layout.tree_mask)
         self._forward.tokens = self.tree_tokens
-        logits, self._head = model.head(self._forward.hidden)
-        self.logits = logits.view(batch, n, -1)
-        self.root_hidden = torch.empty(batch, model.config.hidden_size, dtype=logits.dtype, device=device)
+        hidden = self._forward.hidden
+        logits, self._head = model.head(hidden)
+        self._logits, self._hidden = logits.view(batch, n, -1), hidden.view(batch, n, -1)
+        self._wrote_logits = True
+        self.root_hidden = torch.empty(batch, model.config.hidden_size, dtype=hidden.dtype, device=device)
         self.active = torch.zeros(batch, dtype=torch.int32, device=device)
         self._first_rows = torch.arange(0, batch * n, n, dtype=torch.int32, device=device)
         self._compact = bind(
@@ -148,10 +150,20 @@ class Decoder:
         if self.draft is not None:
             self.draft.propose()
 
+    @property
+    def logits(self) -> Tensor:
+        """The last step's (batch, n, vocab), made now where that step needed none. On a GPU the last one's verified."""
+        if not self._wrote_logits:
+            self._head()
+            self._wrote_logits = True
+        return self._logits
+
     def verify(self) -> None:
-        """The base model's logits at every node, in one pass."""
+        """The base model's judgement of every node, in one pass: its logits, or what `accept` makes them of."""
         self._forward.run()
-        self._head()
+        self._wrote_logits = not self._fused
+        if self._wrote_logits:
+            self._head()
 
     def accept(self) -> None:
         """The path the base model agrees with, and the token it chooses after it."""
@@ -178,6 +190,13 @@ class Decoder:
         """The tokens that each sequence gains by the step just accepted, in order."""
         return self.outcome.read(self.outcome.block.cpu())
 
+    @property
+    def _fused(self) -> bool:
+        """Whether the LM head is part of `accept`. On the CPU that wins where all is greedy and nowhere else; on a GPU
+        it has not been measured.
+        """
+        return self.model.backend == "cpu" and not self.samples
+
     def _accept_by(self, acceptance: Acceptance | None) -> None:
         """Copies the numbers to tensors that stay, since bound and captured launches know their addresses."""
         self.samples = acceptance is not None
@@ -187,15 +206,13 @@ class Decoder:
             for kept, column in zip(self._sampling, acceptance, strict=True):
                 kept.copy_(column)
         if self.samples not in self._accepts:
-            self._accepts[self.samples] = self._bind_accept(
-                self.logits,
-                self.tree_tokens,
-                self.layout.parents,
-                self._sampling if self.samples else None,
-                self.accepted_nodes,
-                self.accept_length,
-                self.next_token,
-            )
+            judged = self.tree_tokens, self.layout.parents, self._sampling if self.samples else None
+            came = self.accepted_nodes, self.accept_length, self.next_token
+            if self._fused:
+                launch = self.model.launch["verify_lm_head"]
+                self._accepts[self.samples] = bind(launch, self._hidden, self.model.lm_head, *judged, *came)
+            else:
+                self._accepts[self.samples] = self._bind_accept(self._logits, *judged, *came)
 
     def _prefill(self, b: int, prompt: list[int]) -> None:
         """Fills sequence b's rows and chooses the token after the prompt."""

@@ -10,6 +10,7 @@ from medusa_engine.decode import Decoder
 from medusa_engine.draft import MedusaDrafter
 from medusa_engine.heads import MedusaHeads
 from medusa_engine.heads_files import load_heads, save_heads
+from medusa_engine.sampling import SamplingOptions
 from medusa_kernels import Tree
 from tests.engine.models import (
     CLASSES,
@@ -84,6 +85,7 @@ def run(engine: Medusa, tree: Tree, prompts, *, heads: MedusaHeads | None = None
             assert [decoder.tree_tokens[b, node] for node in path] == [tokens[b][-1], *gained[:-1]]
             tokens[b] += gained
             rows[b] += decoder.logits[b, path].clone()
+            assert gained == decoder.logits[b, path].argmax(-1).tolist()
     return [t[:length] for t in tokens], [torch.stack(r[: length - 1]) for r in rows], lengths
 
 
@@ -208,6 +210,22 @@ def test_a_step_is_its_four_verbs():
         assert decoder.next_token.tolist() == first[:0] + tokens[0][-1:]
         decoder.compact()
         first = tokens[0][-1:]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_greedy_step_on_the_cpu_writes_no_logits(dtype):
+    """Who asks for them gets them, the same bits as where a sequence beside it samples and all are written."""
+    made = []
+    for options in (SamplingOptions(), SamplingOptions(mode=["greedy", "lossless"], seed=3)):
+        decoder = Decoder(engine(dtype=dtype).model, engine()._drafter, Tree.named("4x3x2"), batch=2, max_seqlen=80)
+        decoder.start([PROMPTS[0]] * 2, options.acceptance(2, torch.device("cpu")))
+        for _ in range(3):
+            decoder._logits.fill_(torch.nan)
+            decoder.step()
+            assert decoder._logits.isnan().all() == (options.mode == "greedy")
+        made.append(decoder.logits[0].clone())
+        assert not decoder._logits.isnan().any()
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("tree", ["root", "chain-4", "4x3x2"])

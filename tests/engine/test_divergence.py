@@ -195,7 +195,8 @@ def test_the_command_finds_logits_that_only_look_equal(medusa_verify, monkeypatc
     def wrong(self):
         verify_step(self)
         if self.tree.num_nodes > 1:
-            self.logits *= 1 + 1e-6
+            logits = self.logits
+            logits *= 1 + 1e-6
 
     monkeypatch.setattr(Decoder, "verify", wrong)
     code, out, _ = medusa_verify()
