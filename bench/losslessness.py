@@ -35,7 +35,7 @@ from medusa_kernels.reference.sampling import kept_weights
 
 BINS = 50
 LEAST_EXPECTED = 5.0  # in a cell of a chi-square test; smaller ones are joined
-PASSES, FAILS = 1e-3, 1e-6  # p-values: at least this to pass, at most this for the control
+SIGNIFICANCE = 1e-3  # a smaller p-value fails a test
 OPENING = 6  # words of a prompt that a short output continues
 LENGTH, RANKS = 4, 3  # of a short output: its tokens, and the likeliest ones told apart: 121 outcomes
 OTHER = -1  # in an outcome: none of the likeliest
@@ -65,16 +65,16 @@ def chi_square(*samples: tuple[Tensor, Tensor]) -> dict[str, float]:
 
 
 def total_variation(seen: Tensor, probabilities: Tensor) -> dict[str, float]:
-    """The distance of the frequencies from the probabilities, and what chance exceeds less often than PASSES.
+    """The distance of the frequencies from the probabilities, and what chance exceeds less often than SIGNIFICANCE.
 
-    The bound is the mean's, sum sqrt(p (1 - p) / n) / 2 at most, and McDiarmid's sqrt(ln(1 / PASSES) / (2 n)) above it,
-    since one sample moves the distance by 1 / n at most.
+    The bound is the mean's, sum sqrt(p (1 - p) / n) / 2 at most, and McDiarmid's above it, since one sample moves the
+    distance by 1 / n at most: sqrt(ln(1 / SIGNIFICANCE) / (2 n)).
     """
     n, p = float(seen.sum()), probabilities.double()
     mean = float((p * (1 - p) / n).sqrt().sum()) / 2
     return {
         "total_variation": float((seen / n - p).abs().sum()) / 2,
-        "bound": mean + math.sqrt(math.log(1 / PASSES) / (2 * n)),
+        "bound": mean + math.sqrt(math.log(1 / SIGNIFICANCE) / (2 * n)),
     }
 
 
@@ -185,9 +185,9 @@ def failures(row: Mapping) -> list[str]:
     if row["equal_texts"] != row["num_prompts"]:
         found.append(f"{row['num_prompts'] - row['equal_texts']} seeded texts differ from plain sampling's")
     for test in ("uniform", "outcomes"):
-        if row[test]["p_value"] < PASSES:
-            found.append(f"{test}: p = {row[test]['p_value']:.1e}, less than {PASSES}")
-        if row["control"][test]["p_value"] > FAILS:
+        if row[test]["p_value"] < SIGNIFICANCE:
+            found.append(f"{test}: p = {row[test]['p_value']:.1e}, less than {SIGNIFICANCE}")
+        if row["control"][test]["p_value"] >= SIGNIFICANCE:
             found.append(f"{test} lets the biased control pass: p = {row['control'][test]['p_value']:.1e}")
     if row["outcomes"]["total_variation"] > row["outcomes"]["bound"]:
         found.append("outcomes: the total variation distance is more than chance allows")
