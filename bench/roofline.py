@@ -190,29 +190,54 @@ def _measured(parts: Sequence[Part], seconds: float, dtype: str, limits: Limits)
 
 
 def step_table(engine: Medusa, nodes: Sequence[int], context: int, limits: Limits, number: int) -> list[dict]:
-    """A row per tree: what a step costs behind `context` tokens, from the heads to the compacted cache."""
+    """A row per tree: what a step costs behind `context` tokens, from the heads to the compacted cache, and how much of
+    it is Python and PyTorch.
+    """
     drafter, dtype = MedusaDrafter(engine.model, engine.heads), engine.dtype
-    ids, decoders = prose(engine, context), {}
+    ids, steps = prose(engine, context), {}
     for n in nodes:
         tree = Tree.from_choices([]) if n == 1 else choose_tree(n, drafter, device=engine.model.device, batch=1)
-        decoders[n] = Decoder(engine.model, drafter, tree, batch=1, max_seqlen=context + 64)
-        decoders[n].start([ids], None)
-
-    def step(decoder: Decoder) -> Callable[[], None]:
-        def call() -> None:
-            decoder.step()
-            decoder.cache.seqlens.fill_(context)
-
-        return call
-
-    taken = rounds({n: step(decoder) for n, decoder in decoders.items()}, number, in_turn=STEPS_IN_TURN)
-    medians = {n: statistics.median(times) for n, times in taken.items()}
+        decoder = Decoder(engine.model, drafter, tree, batch=1, max_seqlen=context + 64)
+        decoder.start([ids], None)
+        steps[n, "whole"] = _step(decoder, context)
+        steps[n, "python"] = _step(without_kernels(engine, drafter, tree, context + 64), context)
+    taken = {what: statistics.median(t) for what, t in rounds(steps, number, in_turn=STEPS_IN_TURN).items()}
     rows = []
-    for n, seconds in medians.items():
+    for n in nodes:
+        seconds = taken[n, "whole"]
         parts = step_parts(engine.model.config, engine.heads, dtype, nodes=n, context=context)
-        times = {"times_one_node": seconds / medians[1] if 1 in medians else None}
-        rows.append({"nodes": n, "context": context} | _measured(parts, seconds, dtype, limits) | times)
+        rows.append({"nodes": n, "context": context} | _measured(parts, seconds, dtype, limits))
+        rows[-1]["times_one_node"] = seconds / taken[1, "whole"] if 1 in nodes else None
+        rows[-1]["python_percent"] = 100 * taken[n, "python"] / seconds
     return rows
+
+
+def _step(decoder: Decoder, context: int) -> Callable[[], None]:
+    def call() -> None:
+        decoder.step()
+        decoder.cache.seqlens.fill_(context)
+
+    return call
+
+
+def without_kernels(engine: Medusa, drafter: MedusaDrafter, tree: Tree, rows: int) -> Decoder:
+    """A decoder whose every launch does nothing: what is left of its step is Python and PyTorch."""
+
+    def nothing(*_: object) -> None:
+        pass
+
+    model, launch = engine.model, engine.model.launch
+    model.launch = dict.fromkeys(launch, nothing)
+    try:
+        decoder = Decoder(model, drafter, tree, batch=1, max_seqlen=rows)
+        decoder._accept_by(None)
+    finally:
+        model.launch = launch
+    decoder._forward._layers = nothing  # one call of a plan, whatever it holds
+    decoder.outcome.block.zero_()
+    if decoder.draft is not None:
+        decoder.draft.draft_tokens.zero_()
+    return decoder
 
 
 def context_table(engine: Medusa, contexts: Sequence[int], number: int) -> list[dict]:
@@ -285,12 +310,13 @@ def lines(row: dict) -> Iterator[str]:
                 f"{p['us']:8.1f} {limits:18} {100 * p['us'] / whole:10.1f}"
             )
     if row["steps"]:
-        yield "\nwhole step   nodes       MB    Mflop       ms   GB/s  % of limit  x one node"
+        yield "\nwhole step   nodes       MB    Mflop       ms   GB/s  % of limit  x one node  % Python"
         for s in row["steps"]:
             times = "" if s["times_one_node"] is None else f"{s['times_one_node']:11.2f}"
             yield (
                 f"{'':12} {s['nodes']:5} {s['bytes'] / 1e6:8.1f} {s['operations'] / 1e6:8.0f} {s['us'] / 1e3:8.2f} "
-                f"{s['gb_per_s']:6.1f} {s['percent_of_limit']:11.0f} {times}"
+                f"{s['gb_per_s']:6.1f} {s['percent_of_limit']:11.0f} {times:11} "
+                f"{s['python_percent']:9.1f}"
             )
     if row["contexts"]:
         yield "\ncontext   plain tokens/s   Medusa tokens/s   tokens/step"

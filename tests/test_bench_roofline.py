@@ -121,6 +121,7 @@ def test_the_whole_run(monkeypatch, capsys, tmp_path):
     assert [s["nodes"] for s in row["steps"]] == [1, 4]
     assert row["steps"][0]["times_one_node"] == 1.0
     assert row["steps"][1]["bytes"] > row["steps"][0]["bytes"]
+    assert all(0 < s["python_percent"] < 100 for s in row["steps"])
     assert [c["context"] for c in row["contexts"]] == [8, 30]
     assert [c["tokens_per_step"] > 1 for c in row["contexts"]] == [True, True]
     assert row["threads"] == 1
@@ -128,6 +129,17 @@ def test_the_whole_run(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().out == text + "\n"
     for heading in ("ops of a step, 1 nodes", "whole step", "context   plain"):
         assert heading in text
+
+
+def test_a_step_without_kernels_runs_none():
+    engine = Medusa.from_pretrained(counting_folder(), counting_heads_folder(), dtype="float32", tree="chain-3")
+    decoder = roofline.without_kernels(engine, engine._drafter, engine.tree(1), 32)
+    decoder.cache.data.fill_(torch.nan)
+    decoder._logits.fill_(torch.nan)
+    assert decoder.step() == [[0]]
+    assert decoder.cache.data.isnan().all()
+    assert decoder._logits.isnan().all()
+    assert engine.generate("a", 8).text == "bcdefghi"  # the engine's own launches are what they were
 
 
 @pytest.mark.parametrize(
