@@ -1,18 +1,22 @@
 """How near the CPU engine is to the machine's limits: `python -m bench.roofline --help`.
 
-Three tables per dtype, for SmolLM2-135M: each op of a step, the whole step against the tree's nodes (drafting
-included), and tokens per second against the context. Bytes are those that come from memory, weights and K/V; what lies
-in the caches counts nothing. The limit is the larger of two times: of the bytes, at the read bandwidth, and of the
-operations, at the speed of PyTorch's fp32 matrix product (times four for int8: VNNI does four products where FMA does
-one), both the best of this very run. Set OMP_WAIT_POLICY=PASSIVE, or PyTorch's threads spin while ours work.
+Four tables per dtype, for SmolLM2-135M: each op of a step, the whole step against the tree's nodes (drafting included),
+the step while one core is busy with another job, and tokens per second against the context. Bytes are those that come
+from memory, weights and K/V; what lies in the caches counts nothing. The limit is the larger of two times: of the
+bytes, at the read bandwidth, and of the operations, at the speed of PyTorch's fp32 matrix product (times four for int8:
+VNNI does four products where FMA does one), both the best of this very run. Set OMP_WAIT_POLICY=PASSIVE, or PyTorch's
+threads spin while ours work.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +45,7 @@ NODES = (1, 2, 4, 6, 8, 16, 32, 64)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
 NEW_TOKENS = 64  # at the end of each context
 STEPS_IN_TURN = 3
+BUSY_STEPS = 60  # in a row, beside a busy core and without
 
 
 @dataclass(frozen=True)
@@ -193,14 +198,10 @@ def step_table(engine: Medusa, nodes: Sequence[int], context: int, limits: Limit
     """A row per tree: what a step costs behind `context` tokens, from the heads to the compacted cache, and how much of
     it is Python and PyTorch.
     """
-    drafter, dtype = MedusaDrafter(engine.model, engine.heads), engine.dtype
-    ids, steps = prose(engine, context), {}
-    for n in nodes:
-        tree = Tree.from_choices([]) if n == 1 else choose_tree(n, drafter, device=engine.model.device, batch=1)
-        decoder = Decoder(engine.model, drafter, tree, batch=1, max_seqlen=context + 64)
-        decoder.start([ids], None)
+    drafter, dtype, steps = MedusaDrafter(engine.model, engine.heads), engine.dtype, {}
+    for n, decoder in _decoders(engine, drafter, nodes, context):
         steps[n, "whole"] = _step(decoder, context)
-        steps[n, "python"] = _step(without_kernels(engine, drafter, tree, context + 64), context)
+        steps[n, "python"] = _step(without_kernels(engine, drafter, decoder.tree, context + 64), context)
     taken = {what: statistics.median(t) for what, t in rounds(steps, number, in_turn=STEPS_IN_TURN).items()}
     rows = []
     for n in nodes:
@@ -210,6 +211,18 @@ def step_table(engine: Medusa, nodes: Sequence[int], context: int, limits: Limit
         rows[-1]["times_one_node"] = seconds / taken[1, "whole"] if 1 in nodes else None
         rows[-1]["python_percent"] = 100 * taken[n, "python"] / seconds
     return rows
+
+
+def _decoders(
+    engine: Medusa, drafter: MedusaDrafter, nodes: Sequence[int], context: int
+) -> Iterator[tuple[int, Decoder]]:
+    """For each number of nodes a decoder that has read `context` tokens."""
+    ids = prose(engine, context)
+    for n in nodes:
+        tree = Tree.from_choices([]) if n == 1 else choose_tree(n, drafter, device=engine.model.device, batch=1)
+        decoder = Decoder(engine.model, drafter, tree, batch=1, max_seqlen=context + 64)
+        decoder.start([ids], None)
+        yield n, decoder
 
 
 def _step(decoder: Decoder, context: int) -> Callable[[], None]:
@@ -238,6 +251,33 @@ def without_kernels(engine: Medusa, drafter: MedusaDrafter, tree: Tree, rows: in
     if decoder.draft is not None:
         decoder.draft.draft_tokens.zero_()
     return decoder
+
+
+def busy_table(engine: Medusa, nodes: Sequence[int], context: int, number: int) -> list[dict]:
+    """A row per tree: its step on a quiet machine, and while another process keeps one core busy, block by block."""
+    rows = []
+    for n, decoder in _decoders(engine, MedusaDrafter(engine.model, engine.heads), nodes, context):
+        step, taken = _step(decoder, context), {False: [], True: []}
+        for _ in range(number):
+            for busy in taken:
+                with busy_core() if busy else contextlib.nullcontext():
+                    (times,) = rounds({n: step}, BUSY_STEPS).values()
+                taken[busy] += times
+        quiet, busy = (statistics.median(times) for times in taken.values())
+        rows.append({"nodes": n, "quiet_us": quiet * 1e6, "busy_us": busy * 1e6, "times_quiet": busy / quiet})
+    return rows
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """Another process computes without end meanwhile; the system moves it as it likes."""
+    job = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
+    try:
+        job.stdout.readline()
+        yield
+    finally:
+        job.kill()
+        job.communicate()
 
 
 def context_table(engine: Medusa, contexts: Sequence[int], number: int) -> list[dict]:
@@ -288,6 +328,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
             "int8_times_gflop_per_s": INT8_SPEED,
             "ops": {n: op_table(p, dtype, limits, args.rounds) for n, p in parts.items()},
             "steps": step_table(engine, args.nodes, args.step_context, limits, args.rounds),
+            "busy": busy_table(engine, args.busy, args.step_context, math.ceil(args.rounds / 5)),
             "contexts": context_table(engine, args.contexts, math.ceil(args.rounds / 10)),
             **where(),
             "threads": args.threads,
@@ -318,6 +359,11 @@ def lines(row: dict) -> Iterator[str]:
                 f"{s['gb_per_s']:6.1f} {s['percent_of_limit']:11.0f} {times:11} "
                 f"{s['python_percent']:9.1f}"
             )
+    if row["busy"]:
+        yield "\none core busy   nodes   quiet ms   busy ms   x quiet"
+        for b in row["busy"]:
+            quiet, busy = b["quiet_us"] / 1e3, b["busy_us"] / 1e3
+            yield f"{'':13} {b['nodes']:7} {quiet:10.2f} {busy:9.2f} {b['times_quiet']:9.2f}"
     if row["contexts"]:
         yield "\ncontext   plain tokens/s   Medusa tokens/s   tokens/step"
         for c in row["contexts"]:
@@ -348,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", type=dtype_names, default=("bfloat16", "int8"), help=f"some of {','.join(DTYPES)}")
     parser.add_argument("--ops", type=whole_numbers, default=(1, 8), help="nodes of the table of ops")
     parser.add_argument("--nodes", type=whole_numbers, default=NODES, help="nodes of the table of steps")
+    parser.add_argument("--busy", type=whole_numbers, default=(1, 8), help="nodes of the steps beside a busy core")
     parser.add_argument("--contexts", type=whole_numbers, default=CONTEXTS, help="tokens before the decoded ones")
     parser.add_argument("--step-context", type=int, default=256, help="context of the ops and the steps")
     parser.add_argument("--rounds", type=int, default=30, help="of ops and steps; contexts take a tenth")

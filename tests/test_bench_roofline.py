@@ -110,7 +110,7 @@ def test_the_whole_run(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(roofline, "NEW_TOKENS", 8)
     monkeypatch.setattr(roofline, "prose", lambda engine, tokens: [1 + i % 40 for i in range(tokens)])
     output = tmp_path / "rows.jsonl"
-    command = "--dtypes float32 --rounds 2 --nodes 1,4 --ops 1 --contexts 8,30 --step-context 16 --threads"
+    command = "--dtypes float32 --rounds 2 --nodes 1,4 --ops 1 --busy 1,4 --contexts 8,30 --step-context 16 --threads"
     before = torch.get_num_threads(), roofline._C.cpu.num_threads()
     try:
         roofline.main([*command.split(), "1", "--output", str(output)])
@@ -122,12 +122,14 @@ def test_the_whole_run(monkeypatch, capsys, tmp_path):
     assert row["steps"][0]["times_one_node"] == 1.0
     assert row["steps"][1]["bytes"] > row["steps"][0]["bytes"]
     assert all(0 < s["python_percent"] < 100 for s in row["steps"])
+    assert [b["nodes"] for b in row["busy"]] == [1, 4]
+    assert all(b["times_quiet"] == b["busy_us"] / b["quiet_us"] > 0 for b in row["busy"])
     assert [c["context"] for c in row["contexts"]] == [8, 30]
     assert [c["tokens_per_step"] > 1 for c in row["contexts"]] == [True, True]
     assert row["threads"] == 1
     text = "\n".join(lines(row))
     assert capsys.readouterr().out == text + "\n"
-    for heading in ("ops of a step, 1 nodes", "whole step", "context   plain"):
+    for heading in ("ops of a step, 1 nodes", "whole step", "one core busy", "context   plain"):
         assert heading in text
 
 
