@@ -286,6 +286,16 @@ class TestKernels:
         (rival,) = kernels.baseline("draft_heads")(work).values()
         assert kernels.difference("draft_heads", work, rival, reference) == ""
 
+    @pytest.mark.parametrize("mode", ["greedy", "typical", "lossless"])
+    def test_the_logits_first_rival_is_right(self, mode):
+        dims = {"n": 7, "hidden": 16, "vocab": 60, "mode": mode}
+        rows = {
+            r["implementation"]: r
+            for r in kernels.measure("verify_lm_head", "fp32", dims, kernels.baseline("verify_lm_head"), "cpu")
+        }
+        assert {"reference", "cpu", "torch, verify_tree"} == set(rows)
+        assert not any("failed" in row for row in rows.values())
+
     def test_verify_tree_takes_half_the_bytes_in_bf16(self):
         dims = {"n": 4, "vocab": 100, "mode": "greedy"}
         work = kernels.made("verify_tree", "bf16", dims, "cpu")

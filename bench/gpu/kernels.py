@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import _timing, ops
+from medusa_kernels.launches import bind, resolve_all
 
 from . import attention_rivals, geometry
 from .harness import Case, Options
@@ -53,6 +54,8 @@ SMALL = [
     *(("verify_tree", f"verify_tree {mode} n64 v{vocab} b{batch}", "bf16",
        dict(n=64, vocab=vocab, mode=mode, batch=batch))
       for vocab in (32000, 128256) for batch in (1, 8) for mode in ("greedy", "typical", "lossless")),
+    *(("verify_lm_head", f"verify_lm_head {mode} n{n} v{vocab}", "bf16", dict(n=n, hidden=4096, vocab=vocab, mode=mode))
+      for vocab in (32000, 128256) for n in (64, 1) for mode in ("greedy", "typical", "lossless")),
     *(("compact_kv", f"compact_kv {name} b{batch}", "bf16",
        dict(layers=32, kv_heads=kv, head_dim=128, moved=4, batch=batch))
       for name, kv in (("vicuna-7b", 32), ("llama-3-8b", 8)) for batch in (1, 8)),
@@ -162,7 +165,8 @@ def attention_compiled(work: ops.Work) -> dict[str, Callable]:
 
 def baseline(op: str) -> Rivals:
     """PyTorch's own few calls for the same result, in the model's dtype."""
-    return {"linear": _torch_linear, "draft_heads": _torch_draft_heads}.get(op, lambda work: {})
+    known = {"linear": _torch_linear, "draft_heads": _torch_draft_heads, "verify_lm_head": _logits_first}
+    return known.get(op, lambda work: {})
 
 
 def _torch_linear(work: ops.Work) -> dict[str, Callable]:
@@ -181,3 +185,16 @@ def _torch_draft_heads(work: ops.Work) -> dict[str, Callable]:
         return logits.float().log_softmax(-1).topk(top_k).values.transpose(0, 1)
 
     return {"torch": call}
+
+
+def _logits_first(work: ops.Work) -> dict[str, Callable]:
+    """PyTorch's product and our `verify_tree`: what the engine does without the fused op."""
+    (_, (rows, weight, _, _, logits), _), (_, arguments, _) = work.apart
+    launch = resolve_all("auto", rows.device)["verify_tree"]
+    verify = bind(launch, *arguments[: -len(work.outputs)], *work.outputs)
+
+    def call() -> None:
+        torch.mm(rows, weight.T, out=logits)
+        verify()
+
+    return {"torch, verify_tree": call}
