@@ -20,7 +20,9 @@ def test_results_are_those_of_bench_results():
 
 
 def test_a_block_of_no_known_name():
-    with pytest.raises(ValueError, match="results must be one of decoding, peers, drafts, sampling, not 'speed'"):
+    with pytest.raises(
+        ValueError, match="results must be one of decoding, peers, drafts, sampling, losslessness, not 'speed'"
+    ):
         render("<!-- results: speed -->\n<!-- /results -->")
 
 
