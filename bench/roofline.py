@@ -4,8 +4,8 @@ Four tables per dtype, for SmolLM2-135M: each op of a step, the whole step again
 the step while one core is busy with another job, and tokens per second against the context. Bytes are those that come
 from memory, weights and K/V; what lies in the caches counts nothing. The limit is the larger of two times: of the
 bytes, at the read bandwidth, and of the operations, at the speed of PyTorch's fp32 matrix product (times four for int8:
-VNNI does four products where FMA does one), both the best of this very run. Set OMP_WAIT_POLICY=PASSIVE, or PyTorch's
-threads spin while ours work.
+VNNI does four products where FMA does one), both measured in turn with what they limit: memory shared with strangers is
+half as fast one minute as the next. Set OMP_WAIT_POLICY=PASSIVE, or PyTorch's threads spin while ours work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from bench import _timing, ops, quality
+from bench import ops, quality
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, where
 from medusa_engine.config import ModelConfig
@@ -45,6 +45,8 @@ NODES = (1, 2, 4, 6, 8, 16, 32, 64)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
 NEW_TOKENS = 64  # at the end of each context
 STEPS_IN_TURN = 3
+READ_BYTES = 256 << 20  # far more than the caches hold
+PRODUCT = 1024  # rows and columns
 BUSY_STEPS = 60  # in a row, beside a busy core and without
 
 
@@ -143,6 +145,18 @@ def rounds(calls: Mapping[object, Callable[[], object]], number: int, *, in_turn
     return taken
 
 
+def medians(
+    calls: Mapping[object, Callable[[], object]], number: int, *, in_turn: int = 1
+) -> tuple[dict[object, float], Limits]:
+    """Seconds of every call as `rounds` takes them, and the machine's limits in the same rounds."""
+    data = torch.ones(READ_BYTES // 4)
+    a, b, out = torch.randn(3, PRODUCT, PRODUCT)
+    measures = {"read": data.sum, "product": lambda: torch.mm(a, b, out=out)}
+    taken = rounds({**calls, **measures}, number, in_turn=in_turn)
+    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    return seconds, Limits(READ_BYTES / seconds.pop("read"), 2 * PRODUCT**3 / seconds.pop("product"))
+
+
 def part_call(part: Part, dtype: str) -> Callable[[], None]:
     """All of the part's calls in a step, each on weights and K/V of its own as in the model.
 
@@ -173,12 +187,11 @@ def part_call(part: Part, dtype: str) -> Callable[[], None]:
     return call
 
 
-def op_table(parts: Sequence[Part], dtype: str, limits: Limits, number: int) -> list[dict]:
+def op_table(parts: Sequence[Part], dtype: str, number: int) -> list[dict]:
     """A row per part: its bytes, operations, time and share of the limit, all of a whole step."""
-    taken = rounds({part.name: part_call(part, dtype) for part in parts}, number)
+    seconds, limits = medians({part.name: part_call(part, dtype) for part in parts}, number)
     return [
-        {"part": part.name, "op": part.op, "calls": part.calls}
-        | _measured([part], statistics.median(taken[part.name]), dtype, limits)
+        {"part": part.name, "op": part.op, "calls": part.calls} | _measured([part], seconds[part.name], dtype, limits)
         for part in parts
     ]
 
@@ -190,11 +203,13 @@ def _measured(parts: Sequence[Part], seconds: float, dtype: str, limits: Limits)
         "operations": operations,
         "us": seconds * 1e6,
         "gb_per_s": size / seconds / 1e9,
+        "read_gb_per_s": limits.bandwidth / 1e9,
+        "product_gflop_per_s": limits.speed / 1e9,
         "percent_of_limit": 100 * limits.seconds(parts, dtype) / seconds,
     }
 
 
-def step_table(engine: Medusa, nodes: Sequence[int], context: int, limits: Limits, number: int) -> list[dict]:
+def step_table(engine: Medusa, nodes: Sequence[int], context: int, number: int) -> list[dict]:
     """A row per tree: what a step costs behind `context` tokens, from the heads to the compacted cache, and how much of
     it is Python and PyTorch.
     """
@@ -202,7 +217,7 @@ def step_table(engine: Medusa, nodes: Sequence[int], context: int, limits: Limit
     for n, decoder in _decoders(engine, drafter, nodes, context):
         steps[n, "whole"] = _step(decoder, context)
         steps[n, "python"] = _step(without_kernels(engine, drafter, decoder.tree, context + 64), context)
-    taken = {what: statistics.median(t) for what, t in rounds(steps, number, in_turn=STEPS_IN_TURN).items()}
+    taken, limits = medians(steps, number, in_turn=STEPS_IN_TURN)
     rows = []
     for n in nodes:
         seconds = taken[n, "whole"]
@@ -314,7 +329,6 @@ def prose(engine: Medusa, tokens: int) -> list[int]:
 
 def measure(args: argparse.Namespace) -> Iterator[dict]:
     """A results row per dtype."""
-    limits = Limits(_timing.bandwidth("cpu"), _timing.flops("cpu"))
     longest = max((args.step_context, *args.contexts)) + NEW_TOKENS
     for dtype in args.dtypes:
         engine = Medusa.from_pretrained(backend="cpu", dtype=dtype, max_seqlen=longest)
@@ -323,11 +337,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
         yield {
             "benchmark": "roofline",
             "dtype": dtype,
-            "bandwidth_gb_per_s": limits.bandwidth / 1e9,
-            "gflop_per_s": limits.speed / 1e9,
             "int8_times_gflop_per_s": INT8_SPEED,
-            "ops": {n: op_table(p, dtype, limits, args.rounds) for n, p in parts.items()},
-            "steps": step_table(engine, args.nodes, args.step_context, limits, args.rounds),
+            "ops": {n: op_table(p, dtype, args.rounds) for n, p in parts.items()},
+            "steps": step_table(engine, args.nodes, args.step_context, args.rounds),
             "busy": busy_table(engine, args.busy, args.step_context, math.ceil(args.rounds / 5)),
             "contexts": context_table(engine, args.contexts, math.ceil(args.rounds / 10)),
             **where(),
@@ -337,13 +349,11 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
 
 def lines(row: dict) -> Iterator[str]:
     """The tables of a results row as text."""
-    yield (
-        f"{row['device']}, {row['threads']} threads, {row['dtype']}: {row['bandwidth_gb_per_s']:.1f} GB/s, "
-        f"{row['gflop_per_s']:.0f} GFLOP/s in fp32"
-    )
+    yield f"{row['device']}, {row['threads']} threads, {row['dtype']}"
     for nodes, parts in row["ops"].items():
+        yield f"\n{_limits(parts)}"
         whole = sum(p["us"] for p in parts)
-        yield f"\nops of a step, {nodes} nodes{'':7}calls       MB    Mflop       us   GB/s  % of limit  % of time"
+        yield f"ops of a step, {nodes} nodes{'':7}calls       MB    Mflop       us   GB/s  % of limit  % of time"
         for p in parts:
             limits = f"{p['gb_per_s']:6.1f} {p['percent_of_limit']:11.0f}" if p["bytes"] else ""
             yield (
@@ -351,7 +361,8 @@ def lines(row: dict) -> Iterator[str]:
                 f"{p['us']:8.1f} {limits:18} {100 * p['us'] / whole:10.1f}"
             )
     if row["steps"]:
-        yield "\nwhole step   nodes       MB    Mflop       ms   GB/s  % of limit  x one node  % Python"
+        yield f"\n{_limits(row['steps'])}"
+        yield "whole step   nodes       MB    Mflop       ms   GB/s  % of limit  x one node  % Python"
         for s in row["steps"]:
             times = "" if s["times_one_node"] is None else f"{s['times_one_node']:11.2f}"
             yield (
@@ -372,6 +383,13 @@ def lines(row: dict) -> Iterator[str]:
                 f"{c['tokens_per_step']:13.2f}"
             )
     yield ""
+
+
+def _limits(table: Sequence[dict]) -> str:
+    measured = table[0]
+    return (
+        f"reads {measured['read_gb_per_s']:.1f} GB/s, multiplies {measured['product_gflop_per_s']:.0f} GFLOP/s in fp32"
+    )
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:

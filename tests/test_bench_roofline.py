@@ -22,8 +22,8 @@ def config():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(roofline._timing, "bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(roofline._timing, "flops", lambda device: 1e11)
+    monkeypatch.setattr(roofline, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(roofline, "PRODUCT", 16)
 
 
 @pytest.mark.parametrize("dtype", roofline.DTYPES)
@@ -100,6 +100,15 @@ def test_a_wrong_part_gets_no_time(monkeypatch, config):
     part = next(p for p in step_parts(config, HEADS, "bfloat16", nodes=1, context=4) if p.op == "silu_mul")
     with pytest.raises(ValueError, match=r"SiLU x up \(silu_mul, bfloat16\): output 0 is off by"):
         part_call(part, "bfloat16")
+
+
+def test_the_limits_come_from_the_same_rounds(monkeypatch):
+    times = {"call": [3.0, 1.0, 2.0], "read": [2.0, 4.0, 8.0], "product": [0.5, 0.5, 9.0]}
+    monkeypatch.setattr(roofline, "rounds", lambda calls, number, in_turn: {name: times[name] for name in calls})
+    assert roofline.medians({"call": None}, 3) == (
+        {"call": 2.0},
+        Limits(bandwidth=(1 << 16) / 4, speed=2 * 16**3 / 0.5),
+    )
 
 
 def test_the_whole_run(monkeypatch, capsys, tmp_path):
