@@ -31,7 +31,7 @@ TreeAttentionParams tree_attention(Address q, Address k_cache, Address v_cache, 
                                    Address tree_mask, Address out, int64_t q_batch, int64_t q_row, int64_t q_head,
                                    int64_t kv_batch, int64_t kv_row, int64_t kv_head, int64_t mask_batch, int batch,
                                    int n, int heads, int kv_heads, int head_dim, int words, int max_seqlen, float scale,
-                                   int q_dtype, int kv_dtype) {
+                                   int q_dtype, int kv_dtype, bool row_invariant) {
   return {at<void>(q),
           at<void>(k_cache),
           at<void>(v_cache),
@@ -54,7 +54,8 @@ TreeAttentionParams tree_attention(Address q, Address k_cache, Address v_cache, 
           max_seqlen,
           scale,
           DType(q_dtype),
-          DType(kv_dtype)};
+          DType(kv_dtype),
+          row_invariant};
 }
 
 RotaryAppendParams rotary_append(Address q, Address k, Address v, Address cos, Address sin, Address k_cache,

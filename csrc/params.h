@@ -21,6 +21,7 @@ struct TreeAttentionParams {
   int32_t max_seqlen;
   float scale;
   DType q_dtype, kv_dtype;
+  int32_t row_invariant;  // 1: a node's bits depend on its own keys alone, as they do on the CPU without being asked
 };
 
 struct RotaryAppendParams {

@@ -16,6 +16,7 @@ from .rms_norm import BACKENDS as rms_norm
 from .rotary_append import BACKENDS as rotary_append
 from .silu_mul import BACKENDS as silu_mul
 from .tree_attention import BACKENDS as tree_attention
+from .tree_attention import resolve_row_invariant
 from .verify_lm_head import BACKENDS as verify_lm_head
 from .verify_tree import BACKENDS as verify_tree
 
@@ -32,21 +33,26 @@ _BACKENDS = {
 }
 
 
-def resolve_all(backend: str, device: torch.device) -> dict[str, Callable[..., None]]:
+def resolve_all(backend: str, device: torch.device, *, row_invariant: bool = False) -> dict[str, Callable[..., None]]:
     """Each op's launch for tensors on `device`. An op that `backend` does not have at all gets its "auto" launch: with
     "triton", which has the four Medusa ops, the others run in CUDA on NVIDIA GPUs and in PyTorch on AMD's.
 
-    A launch takes checked tensors and allocated outputs, in the order of `reference/<op>.py`.
+    A launch takes checked tensors and allocated outputs, in the order of `reference/<op>.py`. With `row_invariant` no
+    row's result depends on the rows beside it, down to the last bit: on the CPU they never do, and in CUDA attention
+    alone must be asked for it.
 
     Raises:
         ValueError: the backend is unknown, or not available for an op it has.
     """
     if backend != "auto" and backend not in NAMES:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, NAMES))}, not {backend!r}")
-    return {
+    found = {
         op: resolve(op, backends, backend if backend in backends else "auto", device)
         for op, backends in _BACKENDS.items()
     }
+    if row_invariant:
+        found["tree_attention"] = resolve_row_invariant(backend, device)
+    return found
 
 
 def auto_backend(device: torch.device) -> str:

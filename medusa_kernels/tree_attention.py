@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,18 @@ BACKENDS = {
     "cuda": Native("cuda", "tree_attention", with_workspace("tree_attention", arguments)),
     "triton": Lazy("medusa_kernels.triton.tree_attention"),
 }
+# Those that give a node, bit for bit, what plain decoding gives it.
+_row_invariant_arguments = functools.partial(arguments, row_invariant=True)
+ROW_INVARIANT = {
+    "cpu": BACKENDS["cpu"],
+    "cuda": Native("cuda", "tree_attention", with_workspace("tree_attention", _row_invariant_arguments)),
+}
+
+
+def resolve_row_invariant(backend: str, device: torch.device) -> Callable[..., None]:
+    """The launch of `ROW_INVARIANT`. Raises ValueError where there is none."""
+    chosen = device.type if backend == "auto" else backend
+    return resolve("row-invariant tree_attention", ROW_INVARIANT, chosen, device)
 
 
 def tree_attention(
@@ -27,13 +42,14 @@ def tree_attention(
     tree_mask: Tensor,
     *,
     scale: float | None = None,
+    row_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of `n` tree nodes over a K/V cache that already holds the nodes' own rows.
 
     Node i of sequence b sees rows [0, cache_seqlens[b]) and those rows cache_seqlens[b] + j whose bit j is set in row
-    i of the
-    mask. n = 1 is plain decoding; a chain's mask is a causal block. Heads are grouped onto K/V heads in order (GQA).
+    i of the mask. n = 1 is plain decoding; a chain's mask is a causal block. Heads are grouped onto K/V heads in order
+    (GQA).
 
     Args:
         q: (batch, n, num_heads, head_dim) fp32, bf16 or fp16; n and head_dim up to 256.
@@ -42,6 +58,9 @@ def tree_attention(
         cache_seqlens: int32 (batch,), committed rows of each sequence, 0 to max_seqlen - n.
         tree_mask: int64 (n, words) or (batch, n, words), words = ceil(n / 64): see `Tree.mask_words`.
         scale: factor of q·k; None is 1 / sqrt(head_dim).
+        row_invariant: a node's bits are those of n = 1 after the same tokens, whatever stands beside it. So it always
+            is on the CPU and, in CUDA, with fp32; bf16 and fp16 then leave the tensor cores, which is slower. The
+            other backends cannot.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
@@ -51,11 +70,12 @@ def tree_attention(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.medusa_kernels.tree_attention(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, backend)
-    return _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, backend)
+        op = torch.ops.medusa_kernels.tree_attention
+        return op(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend)
+    return _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend)
 
 
-def _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, backend):
+def _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend):
     _check.tensor("q", q, shape=(None,) * 4, dtype=_check.FLOATS)
     batch, n, heads, head_dim = q.shape
     _check.in_range("q's batch", batch, 1, 2**31 - 1)
@@ -75,7 +95,10 @@ def _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, backend):
     if q.stride(-1) != 1:
         q = q.contiguous()
     scale = head_dim**-0.5 if scale is None else _check.number("scale", scale)
-    launch = resolve("tree_attention", BACKENDS, backend, q.device)
+    if row_invariant:
+        launch = resolve_row_invariant(backend, q.device)
+    else:
+        launch = resolve("tree_attention", BACKENDS, backend, q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     launch(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, out)
     return out
@@ -89,11 +112,12 @@ def _op(
     cache_seqlens: Tensor,
     tree_mask: Tensor,
     scale: float | None,
+    row_invariant: bool,
     backend: str,
 ) -> Tensor:
-    return _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, backend)
+    return _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend)
 
 
 @_op.register_fake
-def _fake(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, backend):
+def _fake(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend):
     return q.new_empty(q.shape)

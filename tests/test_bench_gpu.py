@@ -306,6 +306,7 @@ class TestKernels:
 class TestChecks:
     def test_decoding_is_the_same_by_every_way(self):
         assert checks.decoding_differs("cpu", steps=8) == ""
+        assert checks.logits_differ("cpu", count=8) == ""
 
     @pytest.mark.parametrize(("draft", "tree"), generating.SOURCES)
     def test_generating_is_the_same_ahead_of_the_host(self, draft, tree, monkeypatch):

@@ -57,7 +57,7 @@ def op_arguments(op: str, backend: str) -> tuple:
         width = kwargs.pop("max_depth")
         return (*args, list(acceptance(BATCH, torch.device("cpu"), **kwargs)), width, backend)
     tail = {
-        "tree_attention": (None,),
+        "tree_attention": (None, False),
         "draft_heads": (kwargs.get("token_map"),),
         "rms_norm": (kwargs.get("residual"),),
         "rotary_append": (None, None, 1e-6),

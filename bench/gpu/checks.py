@@ -36,6 +36,7 @@ def quick(options: Options) -> list[Case]:
     listed = [Case("environment", environment), Case("build", build)]
     listed += [Case(name, functools.partial(checked, run)) for name, run in small.checks()]
     listed.append(Case("decoding", functools.partial(checked, decoding_differs)))
+    listed.append(Case("bitwise decoding", functools.partial(checked, logits_differ)))
     ways = [("cuda", *source) for source in generating.SOURCES]
     for backend, draft, tree in [*ways, ("triton", *generating.SOURCES[0])]:
         made = functools.partial(generating.engine, device="cuda", backend=backend)
@@ -114,6 +115,24 @@ def decoding_differs(device: str = "cuda", steps: int = 40) -> str:
     return f"other tokens than plain decoding by the reference: {', '.join(wrong)}" if wrong else ""
 
 
+def logits_differ(device: str = "cuda", count: int = 40) -> str:
+    """A small bf16 model, asked for it: the logits of Medusa's accepted nodes are plain decoding's, bit for bit."""
+    checkpoint = geometry.RandomCheckpoint(TINY, "cpu")
+    options = {"dtype": "bfloat16", "max_positions": 512, "bitwise": True}
+    model = Model(checkpoint, backend=device, device=torch.device(device), **options)
+    drafter = MedusaDrafter(model, geometry.random_heads(checkpoint, own_lm_heads=False))
+    rows = []
+    for tree in (Tree.from_choices([]), Tree.named("4x2x2")):
+        decoder = Decoder(model, drafter, tree, batch=1, max_seqlen=400)
+        decoder.start([list(range(100))], None)
+        rows.append([])
+        while len(rows[-1]) < count:
+            decoder.step()
+            rows[-1] += decoder.logits[0, decoder.accepted_nodes[0, : int(decoder.accept_length) + 1].long()].clone()
+    wrong = sum(not torch.equal(a, b) for a, b in zip(*(r[:count] for r in rows), strict=True))
+    return f"{wrong} of {count} rows of logits are not plain decoding's" if wrong else ""
+
+
 def _decoded(model: Model, drafter: MedusaDrafter, tree: Tree, count: int, gpu: Cuda | None) -> list[list[int]]:
     """The first `count` tokens of two sequences, from graphs where `gpu` is given."""
     decoder = Decoder(model, drafter, tree, batch=2, max_seqlen=400, run_ahead=RUN_AHEAD)
@@ -127,7 +146,7 @@ def _decoded(model: Model, drafter: MedusaDrafter, tree: Tree, count: int, gpu: 
 def pytest(backend: str, options: Options) -> Iterator[dict]:
     """The matrix of every op on one backend, and whatever else names it."""
     files = [f"tests/test_{op}.py" for op in sorted({op for op, *_ in ops.CASES})]
-    files += ["tests/test_backends.py", "tests/test_library_ops.py"]
+    files += ["tests/test_backends.py", "tests/test_library_ops.py", "tests/test_cuda_invariance.py"]
     if importlib.util.find_spec("gguf"):  # its test models need it
         files.append("tests/engine")
     report, log = options.logs / f"tests-{backend}.xml", options.logs / f"tests-{backend}.log"

@@ -1,12 +1,12 @@
-// tree_attention on tensor cores: bf16 and fp16, head_dim a multiple of 8, 16-byte aligned rows. Anything else goes to
-// the plain kernel (tree_attention_plain.cuh).
+// tree_attention on tensor cores: bf16 and fp16, head_dim a multiple of 8, 16-byte aligned rows. Anything else goes row
+// by row (tree_attention_by_rank.cuh).
 //
 // The n * group query rows that share a K/V head are packed into tiles of 64 rows. A block takes one such tile over one
 // stretch of keys (a split); splits are as many as fill the chip whatever the lengths, which only the device knows.
 // Each block leaves its sums in scratch, and the last of a tile's blocks to arrive combines them.
 #include "cuda/common.cuh"
 #include "cuda/ops.h"
-#include "cuda/tree_attention_plain.cuh"
+#include "cuda/tree_attention_by_rank.cuh"
 
 namespace medusa::cuda {
 namespace {
@@ -316,7 +316,7 @@ Plan plan(const TreeAttentionParams& p) {
 int padded_dim(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 bool on_tensor_cores(const TreeAttentionParams& p) {
-  return p.q_dtype != DType::f32 && p.q_dtype == p.kv_dtype && p.head_dim % 8 == 0 &&
+  return !p.row_invariant && p.q_dtype != DType::f32 && p.q_dtype == p.kv_dtype && p.head_dim % 8 == 0 &&
          multiple_of_16(
              {p.q, p.k_cache, p.v_cache, p.out},
              {p.q_batch_stride, p.q_row_stride, p.q_head_stride, p.kv_batch_stride, p.kv_row_stride, p.kv_head_stride},
@@ -343,7 +343,7 @@ WorkspaceSize tree_attention_workspace(const TreeAttentionParams& p) {
 }
 
 int tree_attention(const TreeAttentionParams& p, Workspace workspace, uintptr_t stream) {
-  if (!on_tensor_cores(p)) return tree_attention_plain(p, stream);
+  if (!on_tensor_cores(p)) return tree_attention_by_rank(p, stream);
   return with_half_type(p.q_dtype, [&](auto t) {
     using T = decltype(t);
     switch (padded_dim(p.head_dim)) {

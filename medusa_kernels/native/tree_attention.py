@@ -4,7 +4,15 @@ from . import DTYPE, address
 
 
 def arguments(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, tree_mask: Tensor, scale: float, out: Tensor
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    tree_mask: Tensor,
+    scale: float,
+    out: Tensor,
+    *,
+    row_invariant: bool = False,
 ) -> tuple:
     batch, n, heads, head_dim = q.shape
     return (
@@ -16,4 +24,5 @@ def arguments(
         scale,
         DTYPE[q.dtype],
         DTYPE[k_cache.dtype],
+        row_invariant,
     )

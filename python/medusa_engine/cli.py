@@ -58,10 +58,11 @@ def _model_options(command):
         click.option("--device", help="cpu or cuda; default: where the backend runs."),
         click.option("--dtype", help="float32, bfloat16, float16 (CUDA) or int8 (CPU); default: bfloat16."),
         click.option("--max-seqlen", type=int, help="Prompt + new tokens at most; default: min(context, 4096)."),
+        click.option("--bitwise", is_flag=True, help="On a GPU too, logits equal to plain decoding's bit for bit."),
     ]
 
     @functools.wraps(command)
-    def wrapper(model, heads, draft, tree, backend, device, dtype, max_seqlen, **rest):
+    def wrapper(model, heads, draft, tree, backend, device, dtype, max_seqlen, bitwise, **rest):
         def load():
             from .engine import Medusa
 
@@ -74,6 +75,7 @@ def _model_options(command):
                 dtype=dtype,
                 tree=parse_tree(tree),
                 max_seqlen=max_seqlen,
+                bitwise=bitwise,
             )
 
         return command(load=load, **rest)

@@ -77,6 +77,7 @@ class Medusa:
         dtype: str | None = None,
         tree: str | int | Sequence[Sequence[int]] | Tree = "auto",
         max_seqlen: int | None = None,
+        bitwise: bool = False,
     ) -> Medusa:
         """Loads a model and what guesses ahead of it: its Medusa heads, or another source.
 
@@ -96,6 +97,8 @@ class Medusa:
             tree: "auto", a name (`Tree.names()`), choices, a Tree, or the most nodes it may have, the root counted; cut
                 to what `draft` can fill. "dynamic-N": at each step the N nodes that the heads find most probable.
             max_seqlen: prompt + new tokens at most; None is min(context, 4096).
+            bitwise: on a GPU too, a greedy step's logits are plain decoding's bit for bit, and so is the text: with
+                bf16 and fp16, attention then leaves the tensor cores. On the CPU they always are.
 
         Raises:
             ValueError: an option, or a checkpoint, is not as above; the message names it.
@@ -126,7 +129,7 @@ class Medusa:
         else:
             found = None
         positions = max_seqlen + SPARE_POSITIONS
-        built = Model(checkpoint, backend=backend, device=device, dtype=dtype, max_positions=positions)
+        built = Model(checkpoint, backend=backend, device=device, dtype=dtype, max_positions=positions, bitwise=bitwise)
         return cls(checkpoint, found, built, tree, max_seqlen, draft)
 
     def with_draft(

@@ -49,15 +49,27 @@ class Model:
         activation_dtype: of everything between them: fp32 on the CPU.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, backend: str, device: torch.device, dtype: str, max_positions: int):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        backend: str,
+        device: torch.device,
+        dtype: str,
+        max_positions: int,
+        bitwise: bool = False,
+    ):
+        """`bitwise`: no row's logits depend on the rows beside it, down to the last bit."""
         checkpoint.check_complete()
         self.config = checkpoint.config
         self.device, self.dtype, self.dtype_name = device, DTYPES[dtype], dtype
         self.backend = backend if backend != "auto" else auto_backend(device)
         if dtype == "int8" and self.backend != "cpu":
             raise ValueError(f"dtype 'int8' runs on backend 'cpu' alone, not on {self.backend!r}")
+        if bitwise and self.backend not in ("cpu", "cuda"):
+            raise ValueError(f"bitwise=True runs on backends 'cpu' and 'cuda' alone, not on {self.backend!r}")
         self.activation_dtype = torch.float32 if device.type == "cpu" else self.dtype
-        self.launch = resolve_all(backend, device)
+        self.launch = resolve_all(backend, device, row_invariant=bitwise)
         self._packed_dtype = dtype if self.backend == "cpu" else None
         self._max_positions = max_positions
         self._tables: dict[int | None, tuple[Tensor, Tensor]] = {}

@@ -11,10 +11,11 @@ from tests.backends import OPS
 from . import build
 
 
-def launch(op: str, *tensors) -> None:
+def launch(op: str, *tensors, **options) -> None:
+    """`options`: those of the op's `arguments` that are no tensors' matter."""
     native = importlib.import_module(f"medusa_kernels.native.{op}")
     emulated = build.module().cuda
-    arguments = native.arguments
+    arguments = functools.partial(native.arguments, **options)
     needs_workspace = hasattr(emulated, f"{op}_workspace")
     if needs_workspace:
         arguments = with_workspace(op, arguments, emulated)

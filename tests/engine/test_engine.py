@@ -314,6 +314,7 @@ LOAD_MISTAKES = [
     ({"backend": "cuda", "device": "cpu"}, r"backend 'cuda' (is not available|takes tensors on a cuda device)"),
     ({"device": "mps"}, r"device must be a CPU or CUDA device, not 'mps'"),
     ({"device": "toaster"}, r"device must be a CPU or CUDA device, not 'toaster'"),
+    ({"bitwise": True, "backend": "reference"}, r"bitwise=True runs on backends 'cpu' and 'cuda' alone"),
     ({"dtype": "int8", "backend": "reference"}, r"dtype 'int8' runs on backend 'cpu' alone, not on 'reference'"),
     ({"tree": "oak"}, r"name 'oak' is no known tree"),
     ({"tree": 0}, r"tree as a number of nodes must be between 1 and 256, not 0"),
