@@ -136,13 +136,15 @@ def parents(value: object, batch: int, n: int, device: torch.device) -> Tensor:
     return result.to(device).contiguous()
 
 
-def cache_seqlens(value: object, batch: int, highest: int, device: torch.device) -> Tensor:
-    """int32 (batch,), each between 0 and `highest`."""
+def cache_seqlens(value: object, batch: int, cache: str, rows: int, needed: int, device: torch.device) -> Tensor:
+    """int32 (batch,), each leaving `needed` of the `rows` rows of the argument `cache`."""
     result = tensor("cache_seqlens", value, shape=(batch,), dtype=torch.int32, device=device)
-    if highest < 0:
-        raise ValueError(f"the cache holds {-highest} row(s) fewer than the step has tree nodes")
+    if rows < needed:
+        raise ValueError(
+            f"{cache} has max_seqlen {rows}; it must be at least {needed}: a row for each node of the step"
+        )
     if values_wanted(device):
-        all_between("cache_seqlens", result, 0, highest)
+        all_between("cache_seqlens", result, 0, rows - needed)
     return result.contiguous()
 
 

@@ -50,7 +50,7 @@ def _checked(kv_cache, accepted_nodes, accept_length, cache_seqlens, backend):
     _check.tensor("accept_length", accept_length, shape=(batch,), dtype=torch.int32, device=device)
     width = accepted_nodes.shape[1]
     _check.in_range("accepted_nodes' width", width, 1, _check.MAX_NODES)
-    cache_seqlens = _check.cache_seqlens(cache_seqlens, batch, max_seqlen - 1, device)
+    cache_seqlens = _check.cache_seqlens(cache_seqlens, batch, "kv_cache", max_seqlen, 1, device)
     if _check.values_wanted(device):
         _check.all_between("accept_length", accept_length, 0, width - 1)
         _check.all_between("accepted_nodes", accepted_nodes, -1, _check.MAX_NODES - 1)

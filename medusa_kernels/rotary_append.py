@@ -78,7 +78,7 @@ def _checked(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm,
         _check.writable(name, value)
     if k_cache.stride() != v_cache.stride():
         raise ValueError(f"v_cache must have k_cache's strides {k_cache.stride()}, not {v_cache.stride()}")
-    cache_seqlens = _check.cache_seqlens(cache_seqlens, batch, k_cache.shape[1] - n, q.device)
+    cache_seqlens = _check.cache_seqlens(cache_seqlens, batch, "k_cache", k_cache.shape[1], n, q.device)
     _check.tensor("depths", depths, dtype=torch.int32, device=q.device)
     if tuple(depths.shape) not in ((n,), (batch, n)):
         raise ValueError(f"depths must have shape ({n},) or ({batch}, {n}), not {tuple(depths.shape)}")

@@ -51,7 +51,8 @@ class Tree:
         path, a rank < 0, a duplicate, a path whose parent is absent, or more than 256 nodes with the root.
         """
         if not isinstance(choices, (list, tuple)):
-            raise TypeError(f"choices is {type(choices).__name__} {choices!r:.60}; it must be a list of lists of ranks")
+            shown = " ".join(repr(choices).split())  # an array's takes several lines
+            raise TypeError(f"choices is {type(choices).__name__} {shown:.60}; it must be a list of lists of ranks")
         if len(choices) >= MAX_NODES:
             count = f"{len(choices)} paths, {len(choices) + 1} nodes with the root"
             raise ValueError(f"choices has {count}; the most is {MAX_NODES} nodes")

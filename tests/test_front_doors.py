@@ -86,7 +86,7 @@ ROWS = [
     ("tree_attention", {"cache_seqlens": i32(1, 2, 3)}, ValueError, "cache_seqlens must have shape (2,), not (3,)"),
     ("tree_attention", {"cache_seqlens": i32(0, 14)}, ValueError, "cache_seqlens must hold values between 0 and 13; it holds 14"),
     ("tree_attention", {"cache_seqlens": i32(-1, 2)}, ValueError, "cache_seqlens must hold values between 0 and 13; it holds -1"),
-    ("tree_attention", {"k_cache": Z(BATCH, 5, KV, DIM), "v_cache": Z(BATCH, 5, KV, DIM)}, ValueError, "the cache holds 2 row(s) fewer than the step has tree nodes"),
+    ("tree_attention", {"k_cache": Z(BATCH, 5, KV, DIM), "v_cache": Z(BATCH, 5, KV, DIM)}, ValueError, "k_cache has max_seqlen 5; it must be at least 7"),
     ("tree_attention", {"tree_mask": TREE.mask_words.int()}, TypeError, "tree_mask must have dtype int64, not int32"),
     ("tree_attention", {"tree_mask": torch.ones(N, 2, dtype=torch.int64)}, ValueError, "tree_mask must have shape (7, 1) or (2, 7, 1), not (7, 2)"),
     ("tree_attention", {"tree_mask": NO_SELF}, ValueError, "tree_mask must let every node see itself: bit i of row i is clear in some row"),

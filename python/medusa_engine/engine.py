@@ -289,15 +289,16 @@ class Medusa:
         if not len(prompt):
             raise ValueError(f"{name} is empty")
         if not isinstance(prompt, str):
-            vocab = self.model.config.vocab_size
-            if bad := [t for t in prompt if not 0 <= t < vocab]:
-                raise ValueError(f"{name} holds token id {bad[0]}; ids must be between 0 and {vocab - 1}")
-            return [int(t) for t in prompt]
-        if chat and self.tokenizer.has_chat_template:
-            return self.tokenizer.encode_chat(prompt)
-        ids = self.tokenizer.encode(prompt)
+            ids = [int(t) for t in prompt]
+        elif chat and self.tokenizer.has_chat_template:
+            ids = self.tokenizer.encode_chat(prompt)
+        else:
+            ids = self.tokenizer.encode(prompt)
         if not ids:
             raise ValueError(f"{name} has no tokens: {prompt!r:.80}")
+        vocab = self.model.config.vocab_size  # a tokenizer may know more: tokens added without rows in the embedding
+        if bad := [t for t in ids if not 0 <= t < vocab]:
+            raise ValueError(f"{name} holds token id {bad[0]}; ids must be between 0 and {vocab - 1}")
         return ids
 
 
@@ -310,8 +311,10 @@ def _is_id(value: object) -> bool:
 
 def _device(device: str | torch.device | None, backend: str) -> torch.device:
     if device is None:
-        wants_gpu = backend in ("cuda", "triton") or (backend == "auto" and torch.cuda.is_available())
-        return torch.device("cuda" if wants_gpu else "cpu")
+        needs_gpu, found_gpu = backend in ("cuda", "triton"), torch.cuda.is_available()
+        if needs_gpu and not found_gpu:
+            raise ValueError(f"backend {backend!r} cannot be used: PyTorch finds no CUDA device here")
+        return torch.device("cuda" if needs_gpu or (backend == "auto" and found_gpu) else "cpu")
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):

@@ -337,7 +337,9 @@ def test_mistakes_in_from_pretrained(options, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what is said where there is no GPU")
-@pytest.mark.parametrize("options", [{"backend": "cuda"}, {"device": "cuda"}, {"backend": "cuda", "device": "cuda"}])
+@pytest.mark.parametrize(
+    "options", [{"backend": "cuda"}, {"backend": "triton"}, {"device": "cuda"}, {"backend": "cuda", "device": "cuda"}]
+)
 def test_cuda_without_a_gpu(options):
     with pytest.raises(ValueError, match=r"CUDA") as caught:
         load(**options)
@@ -413,3 +415,11 @@ def test_a_checkpoint_without_eos_or_tokenizer(tmp_path):
 def test_the_text_of_the_whole_wheel():
     out = load(heads=counting_heads_folder()).generate([0], 63)
     assert out.text == spoken(range(1, 64))
+
+
+def test_a_text_whose_token_has_no_row_in_the_embedding(monkeypatch):
+    """A tokenizer may know tokens that were added to it and never to the model."""
+    engine = load()
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda text: [1, 10_000])
+    with pytest.raises(ValueError, match=r"prompt holds token id 10000; ids must be between 0 and"):
+        engine.generate("a", 4, chat=False)
