@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tree": args.tree,
         **cut,
         **measure(engine, load_prompts(args.prompts)[: args.limit], **sizes, cut=cut),
-        **where(),
+        **where(engine.model.device),
     }
     print(json.dumps(row) if args.as_json else table(row))
     if args.output:

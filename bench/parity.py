@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, load_prompts, where
 from medusa_engine.cli import parse_tree
@@ -38,13 +40,13 @@ def main() -> None:
         result = verify(one, texts, args.max_new_tokens, transformers=theirs, batch=args.batch)
         print(f"{engine.backend} {engine.dtype}, tree {tree}\n{report(result, texts)}", flush=True)
         if args.output:
-            append_row(args.output, row(result, args.prompts, tree))
+            append_row(args.output, row(result, args.prompts, tree, engine.model.device))
         verdicts.append(result["verdict"])
         theirs = None
     sys.exit(EXIT_CODES[max(verdicts, key=VERDICTS.index)])
 
 
-def row(result: dict, prompts: str, tree: str) -> dict:
+def row(result: dict, prompts: str, tree: str, device: torch.device) -> dict:
     """What `verify` returned, as a results row."""
     against = result["against"]
     settings = ("num_prompts", "max_new_tokens", "backend", "dtype", "tree_nodes")
@@ -60,7 +62,7 @@ def row(result: dict, prompts: str, tree: str) -> dict:
     if theirs := against.get("transformers"):
         made["equal_to_transformers"] = theirs[BITWISE] + theirs[EQUAL]
         made["max_relative_logit_error"] = theirs["max_logit_error"]
-    return made | where()
+    return made | where(device)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from bench.peer_engines import CONTESTANTS, PEERS, Contestant, Reply, Spec
@@ -165,7 +166,7 @@ def best_peer(results: Sequence[Result], bits: int | None = None) -> Result | No
 
 def rows(results: Sequence[Result], *, prompt_set: str, max_new_tokens: int, threads: int) -> list[dict]:
     """A results row per contestant, in the results' order."""
-    environment = {**where(), "threads": threads}
+    environment = {**where(torch.device("cpu")), "threads": threads}
     plain = next((r for r in results if r.contestant.name == "ours plain bfloat16"), None)
     made = []
     for result in results:

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sha256": {kind: hashlib.sha256("".join(listed).encode()).hexdigest() for kind, listed in bodies.items()},
         "int8_perplexity_over_bfloat16": ratio,
         "readings": entries,
-        **where(),
+        **where(torch.device("cpu")),
     }
     print(json.dumps(row) if args.as_json else table(entries))
     if args.output:

@@ -342,8 +342,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
             "steps": step_table(engine, args.nodes, args.step_context, args.rounds),
             "busy": busy_table(engine, args.busy, args.step_context, math.ceil(args.rounds / 5)),
             "contexts": context_table(engine, args.contexts, math.ceil(args.rounds / 10)),
-            **where(),
-            "threads": args.threads,
+            **where(engine.model.device),
         }
 
 

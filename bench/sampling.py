@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "backend": engine.backend,
         "dtype": engine.dtype,
         "entries": measure(engines, load_prompts(args.prompts)[: args.limit], args.max_new_tokens),
-        **where(),
+        **where(engine.model.device),
     }
     print(json.dumps(row) if args.as_json else table(row))
     if args.output:

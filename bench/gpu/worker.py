@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from medusa_engine.benchmark import where
 
 from .harness import Options, Recorder, work
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 def measured(commit: str | None) -> dict:
     """Where and with what, the commit as given where the copy measured is no checkout."""
-    found = where()
+    found = where(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return found | {"commit": commit or found["commit"]}
 
 

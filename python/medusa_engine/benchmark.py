@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import gzip
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from tqdm import tqdm
 import medusa_kernels
 from medusa_kernels import Tree
 
+from . import machine
 from .engine import Medusa
 
 
@@ -81,17 +81,17 @@ def compare(engine: Medusa, prompts: list[str], *, prompt_set: str, max_new_toke
         "plain_tokens_per_second": _median(s.tokens_per_second for s in plain),
         "medusa_tokens_per_second": _median(s.tokens_per_second for s in fast),
         "speedup": _median(m.tokens_per_second / p.tokens_per_second for p, m in timed),
-        **where(),
+        **where(engine.model.device),
     }
 
 
-def where() -> dict:
-    """Device, versions, commit and date: what every results row ends with."""
-    on_gpu = torch.cuda.is_available()
+def where(device: torch.device) -> dict:
+    """Device, versions, commit and date: what every results row ends with. A commit with a + was not all committed."""
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else _processor(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if on_gpu else None,
+        "device": machine.hardware(device),
+        "threads": machine.kernel_threads(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "medusa_kernels": installed_version("medusa-kernels"),
@@ -132,20 +132,15 @@ def _median(values) -> float:
     return statistics.median(values) if values else 0.0
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
 def _commit() -> str | None:
     """The checkout's commit; None where the package is not run from one."""
-    folder = Path(medusa_kernels.__file__).parent
-    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    folder = str(Path(medusa_kernels.__file__).parent)
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return None

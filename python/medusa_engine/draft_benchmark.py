@@ -49,7 +49,7 @@ def compare_drafts(
             {"draft": draft, **_describe(one, plain, outputs)}
             for (draft, _), one, outputs in zip(sources, engines, guessed, strict=True)
         ],
-        **where(),
+        **where(engines[0].model.device),
     }
 
 

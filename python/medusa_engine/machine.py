@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import torch
@@ -19,9 +20,21 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def describe(device: torch.device) -> str:
-    """What the speed of a step depends on: the GPU's name, or the CPU's and how many threads the kernels use."""
+def kernel_threads() -> int:
+    """Threads of the CPU kernels, or PyTorch's where those are not built."""
+    return torch.get_num_threads() if _C is None else _C.cpu.num_threads()
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with its cores and the instructions that the kernels use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads() if _C is None else _C.cpu.num_threads()
-    return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{processor()}, {os.cpu_count()} cores" + ("" if _C is None else f", {_C.cpu.isa()}")
+
+
+def describe(device: torch.device) -> str:
+    """What the speed of a step depends on: the hardware, and on a CPU how many threads the kernels use."""
+    if device.type == "cuda":
+        return hardware(device)
+    threads = kernel_threads()
+    return f"{hardware(device)}, {threads} thread{'s' if threads > 1 else ''}"
