@@ -70,6 +70,13 @@ def number(name: str, value: object) -> float:
     return float(value)
 
 
+def positive(name: str, value: object) -> float:
+    """A finite number above 0, as a float."""
+    if not (found := number(name, value)) > 0:
+        raise ValueError(f"{name} must be above 0, not {value}")
+    return found
+
+
 def writable(name: str, value: Tensor) -> Tensor:
     """A tensor changed in place must not be an expanded view, whose elements share memory."""
     if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):

@@ -43,8 +43,7 @@ def _checked(x, weight, eps, residual, backend):
     rows, hidden = x.shape
     _check.in_range("x's number of rows", rows, 1, 2**31 - 1)
     _check.tensor("weight", weight, shape=(hidden,), dtype=_check.FLOATS, device=x.device)
-    if not _check.number("eps", eps) > 0:
-        raise ValueError(f"eps must be above 0, not {eps}")
+    eps = _check.positive("eps", eps)
     if residual is not None:
         _check.tensor("residual", residual, shape=(rows, hidden), dtype=x.dtype, device=x.device)
         _check.dense_rows("residual", _check.writable("residual", residual))

@@ -42,11 +42,13 @@ def rotary_append(
         q: (batch, n, num_heads, head_dim) fp32, bf16 or fp16, rotated in place.
         k, v: (batch, n, num_kv_heads, head_dim) of q's dtype; read only.
         cos, sin: float32 (positions, rotary_dim / 2).
-        k_cache, v_cache: (batch, max_seqlen, num_kv_heads, head_dim) of one dtype, with equal strides; n rows are
-        written. cache_seqlens: int32 (batch,), 0 to max_seqlen - n.
+        k_cache, v_cache: (batch, max_seqlen, num_kv_heads, head_dim) of one dtype (fp32, bf16 or fp16, which may differ
+            from q's), with equal strides; n rows of each sequence are written.
+        cache_seqlens: int32 (batch,), 0 to max_seqlen - n.
         depths: int32 (n,) or (batch, n), see `Tree.depths`.
-        q_norm, k_norm: (head_dim,) weights of an RMSNorm over each head before the rotation (Qwen3), or None.
-        norm_eps: that norm's epsilon.
+        q_norm, k_norm: (head_dim,) weights, of one dtype, of an RMSNorm over each head before the rotation (Qwen3), or
+            None.
+        norm_eps: that norm's epsilon; > 0.
         backend: "auto", "reference", "cpu" or "cuda".
 
     Raises:
@@ -91,7 +93,7 @@ def _checked(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm,
             _check.tensor(name, weight, shape=(head_dim,), dtype=_check.FLOATS, device=q.device)
     if (q_norm is None) != (k_norm is None) or (q_norm is not None and q_norm.dtype != k_norm.dtype):
         raise ValueError("q_norm and k_norm must be given together, in one dtype")
-    norm_eps = _check.number("norm_eps", norm_eps)
+    norm_eps = _check.positive("norm_eps", norm_eps)
     launch = resolve("rotary_append", BACKENDS, backend, q.device)
     cos, sin, depths = cos.contiguous(), sin.contiguous(), depths.contiguous()
     if q_norm is not None:

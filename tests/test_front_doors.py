@@ -205,6 +205,7 @@ ROWS = [
     ("rotary_append", {"q_norm": Z(DIM)}, ValueError, "q_norm and k_norm must be given together, in one dtype"),
     ("rotary_append", {"q_norm": Z(9), "k_norm": Z(9)}, ValueError, "q_norm must have shape (8,), not (9,)"),
     ("rotary_append", {"norm_eps": torch.nan}, ValueError, "norm_eps must be finite, not nan"),
+    ("rotary_append", {"norm_eps": -1.0}, ValueError, "norm_eps must be above 0, not -1.0"),
     # linear, pack_linear
     ("linear", {"x": Z(3, 2, 8)}, ValueError, "x must have shape (any, any), not (3, 2, 8)"),
     ("linear", {"x": Z(3, 0), "weight": Z(5, 0)}, ValueError, "x's in_features must be between 1"),
