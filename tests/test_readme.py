@@ -1,8 +1,10 @@
 """The README quotes only numbers that bench/results holds, and commands and names that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 import medusa_kernels
@@ -26,13 +28,32 @@ def test_a_block_of_no_known_name():
         render("<!-- results: speed -->\n<!-- /results -->")
 
 
-def test_commands_exist():
-    for verb in re.findall(r"\bmedusa (\w+)", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))):
-        assert verb in cli.commands
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+COMMANDS = [line for line in "\n".join(blocks("bash")).splitlines() if line.startswith("medusa ")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_understood(command):
+    _, *words = shlex.split(command, comments=True)
+    found = cli
+    while isinstance(found, click.Group):
+        found = found.commands[words.pop(0)]
+    found.make_context(found.name, words)
+
+
+def test_python_is_understood():
+    assert len(blocks("python")) >= 4
+    for block in blocks("python"):
+        compile(block, "README.md", "exec")
 
 
 def test_ops_named_are_exported():
-    for name in re.findall(r"medusa_kernels\.(\w+)", README):
+    named = re.findall(r"\bmk\.(\w+)", README)
+    assert named
+    for name in named:
         assert hasattr(medusa_kernels, name)
 
 
