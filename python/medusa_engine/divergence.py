@@ -129,7 +129,7 @@ class Transformers:
         try:
             from transformers import AutoModelForCausalLM
         except ModuleNotFoundError:
-            raise ValueError("comparing with transformers needs `pip install transformers accelerate`") from None
+            raise ValueError("comparing with transformers needs `pip install transformers`") from None
         device = engine.model.device
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, engine.dtype)).eval()
         # On the CPU a 16-bit dtype is that of our weights and our cache; activations and sums are fp32.
