@@ -168,6 +168,12 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
       }
     }
 
+    // Before the mask: a scale that is not positive would turn -inf into NaN or +inf.
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) score[i][j] *= scale;
+    }
     const int first_in_tree = (first_tile + index) * kKeys - prefix;
     if (first_in_tree + kKeys > 0) {
 #pragma unroll
@@ -186,11 +192,7 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
     for (int half = 0; half < 2; ++half) {
       float highest = maximum[half];
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
-        score[i][2 * half] *= scale;
-        score[i][2 * half + 1] *= scale;
-        highest = fmaxf(highest, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
-      }
+      for (int i = 0; i < kKeys / 8; ++i) highest = fmaxf(highest, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
       highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 1));
       highest = fmaxf(highest, __shfl_xor_sync(kFullWarp, highest, 2));
       const float base = highest == -INFINITY ? 0.0f : highest;  // a row may see no key of this tile

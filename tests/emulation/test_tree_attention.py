@@ -23,6 +23,7 @@ CASES = [
     Case(n=2, batch=3, heads=1, kv_heads=1, head_dim=8, prefix=300, dtype=F16),
     Case(n=130, kind="chain", batch=1, heads=1, kv_heads=1, head_dim=16, prefix=1, dtype=BF16),
     Case(n=1, batch=2, heads=3, kv_heads=3, head_dim=64, prefix=257, dtype=BF16),
+    *(Case(n=20, batch=1, heads=2, kv_heads=1, head_dim=64, prefix=90, dtype=BF16, scale=s) for s in (0.0, -0.2)),
 ]
 
 
@@ -33,7 +34,7 @@ def test_against_dense_mask(case, order, monkeypatch):
         monkeypatch.setenv("MEDUSA_EMULATE_REVERSED", "1")
     (q, k, v, lengths, mask), visible = inputs(case)
     with EMULATED.active():
-        actual = EMULATED.run("tree_attention", q, k, v, lengths, mask)
+        actual = EMULATED.run("tree_attention", q, k, v, lengths, mask, scale=case.scale)
     exact, plain = (
         oracles.tree_attention(q, k, v, lengths, visible, case.scale, dtype) for dtype in (torch.float64, case.dtype)
     )
