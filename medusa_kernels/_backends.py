@@ -6,6 +6,7 @@ outputs, allocated, and returns nothing. `resolve` picks one and says why when i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -21,6 +22,18 @@ except ImportError as error:  # a source tree that was never built: the referenc
     _C, _BUILD_ERROR = None, str(error)
 else:
     _BUILD_ERROR = ""
+
+
+_NO_CHANGE = contextlib.nullcontext()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes a GPU the current one for a while: a kernel goes there whatever its tensors, and every GPU's default stream
+    has the same handle.
+    """
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _NO_CHANGE  # the usual case, which pays for no context of its own
+    return torch.cuda.device(device)
 
 
 class Native:
@@ -48,15 +61,18 @@ class Native:
     def bind(self, *tensors) -> Callable[[], None]:
         """A call that repeats this launch on these very tensors: nothing is looked up or converted again.
 
-        On CUDA it goes to the stream that is current at the call, as PyTorch's own ops do, so that a graph captures it.
-        Launches that were bound under one stream share a workspace: they must not run beside each other.
+        On CUDA it goes to the tensors' device and the stream that is current there at the call, as PyTorch's own ops
+        do, so that a graph captures it. Launches that were bound under one stream share a workspace: they must not run
+        beside each other.
         """
-        launch = functools.partial(self.function, *self.arguments(*tensors))
+        device = tensors[0].device
+        with on(device):  # how much workspace depends on the device
+            launch = functools.partial(self.function, *self.arguments(*tensors))
         if self.device == "cuda":
-            device = tensors[0].device
 
             def call() -> None:
-                launch(torch.cuda.current_stream(device).cuda_stream)
+                with on(device):
+                    launch(torch.cuda.current_stream(device).cuda_stream)
 
         else:
             call = launch
@@ -91,7 +107,8 @@ class Lazy:
         return ""
 
     def __call__(self, *tensors) -> None:
-        importlib.import_module(self.module).launch(*tensors)
+        with on(tensors[0].device):
+            importlib.import_module(self.module).launch(*tensors)
 
 
 @functools.cache

@@ -3,6 +3,7 @@ cheated."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import shutil
 import subprocess
@@ -143,6 +144,68 @@ def test_a_bound_launch_goes_to_the_stream_of_its_call(monkeypatch):
     for current.cuda_stream in (1, 7, 0):
         call()
     assert launched == [(10, 20, 1), (10, 20, 7), (10, 20, 0)]
+
+
+class Gpus:
+    """torch.cuda of a machine with several, as far as launches ask: which is current, and each one's stream."""
+
+    def __init__(self, monkeypatch, current: int = 0):
+        self.current, self.changes = current, 0
+        self.stream = 0  # the default stream: the same handle on every device
+        for name in ("current_device", "current_stream", "device"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def current_device(self) -> int:
+        return self.current
+
+    def current_stream(self, device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=self.stream)
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device):
+        before, self.current = self.current, device.index
+        self.changes += 1
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+def on_gpu(index: int, **attributes) -> SimpleNamespace:
+    """What a launch asks of a tensor."""
+    return SimpleNamespace(device=torch.device("cuda", index), **attributes)
+
+
+def test_a_launch_goes_to_its_tensors_device(monkeypatch):
+    """Whichever is current: to size its workspace, at its binding, and at each call."""
+    gpus, seen = Gpus(monkeypatch), []
+    launch = _backends.Native("cuda", "silu_mul", lambda *tensors: (seen.append(("sized", gpus.current)), 10))
+    launch.function = lambda *arguments: seen.append(("launched", gpus.current))
+    call = launches.bind(launch, on_gpu(1), on_gpu(1))
+    for gpus.current in (0, 1, 2):
+        call()
+        launch(on_gpu(1), on_gpu(1))
+        assert seen == [("sized", 1)] * (gpus.current == 0) + [("launched", 1), ("sized", 1), ("launched", 1)]
+        seen.clear()
+
+
+def test_a_launch_on_the_current_device_changes_none(monkeypatch):
+    gpus = Gpus(monkeypatch, current=1)
+    launch = _backends.Native("cuda", "silu_mul", lambda *tensors: ())
+    launch.function = lambda stream: None
+    launch(on_gpu(1))
+    assert gpus.changes == 0
+
+
+def test_a_lazy_launch_goes_to_its_tensors_device(monkeypatch):
+    gpus, seen = Gpus(monkeypatch), []
+    room = SimpleNamespace(launch=lambda *tensors: seen.append(gpus.current))
+    monkeypatch.setitem(sys.modules, "medusa_kernels.a_lazy_room", room)
+    launch = _backends.Lazy("medusa_kernels.a_lazy_room")
+    launch(on_gpu(1))
+    launches.bind(launch, on_gpu(2))()
+    launch(torch.zeros(1))
+    assert seen == [1, 2, 0]
 
 
 def test_a_graph_holds_kernels_alone():
