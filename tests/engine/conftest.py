@@ -14,6 +14,7 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from medusa_engine.cli import main
 from medusa_engine.default_model import default_model_path
 from tests.engine.vocabularies import LLAMA3, SPACE
 
@@ -26,6 +27,19 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+
+
+@pytest.fixture
+def medusa(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """medusa("tree", "list") -> exit code, standard output, standard error of the command."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medusa", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        return exit.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from medusa_engine import Medusa, benchmark, machine
 from medusa_engine.benchmark import append_row, compare, load_prompts, table, where
-from medusa_engine.cli import main
 from tests.engine.models import SPOKEN, counting_folder, counting_heads_folder
 
 CPU = torch.device("cpu")
@@ -156,27 +156,16 @@ def test_rows_are_appended(tmp_path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"i": 0}, {"i": 1}, {"i": 2}]
 
 
-def bench(monkeypatch, capsys, *arguments) -> tuple[int, str]:
-    common = [
-        "--model",
-        counting_folder(),
-        "--heads",
-        counting_heads_folder(),
-        "--tree",
-        "chain-3",
-        "--dtype",
-        "float32",
-    ]
-    monkeypatch.setattr(sys, "argv", ["medusa", "bench", *map(str, common), *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    return exit.value.code, capsys.readouterr().out
+@pytest.fixture
+def bench(medusa):
+    common = ["--model", counting_folder(), "--heads", counting_heads_folder(), "--tree", "chain-3"]
+    return partial(medusa, "bench", *common, "--dtype", "float32")
 
 
-def test_the_command(monkeypatch, capsys, tmp_path):
+def test_the_command(bench, tmp_path):
     prompts, rows = tmp_path / "prompts.txt", tmp_path / "results" / "rows.jsonl"
     prompts.write_text("a\nb\nc\n")
-    code, out = bench(monkeypatch, capsys, "--prompts", prompts, "-n", 21, "--output", rows)
+    code, out, _ = bench("--prompts", prompts, "-n", 21, "--output", rows)
     assert code == 0
     lines = out.splitlines()
     assert lines[0].startswith(f"3 prompts ({prompts}), 21 new tokens each, ")
@@ -185,7 +174,7 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     assert lines[2].split()[0] == "medusa"
     assert "4.000 tokens/step" in lines[2]
     assert lines[3] == "  texts equal: 3 of 3"
-    code, out = bench(monkeypatch, capsys, "--prompts", prompts, "--limit", 2, "-n", 9, "--output", rows, "--json")
+    code, out, _ = bench("--prompts", prompts, "--limit", 2, "-n", 9, "--output", rows, "--json")
     assert code == 0
     assert json.loads(out)["num_prompts"] == 2
     written = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -194,5 +183,5 @@ def test_the_command(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("limit", ["0", "-1"])
-def test_a_limit_that_leaves_no_prompt(monkeypatch, capsys, limit):
-    assert bench(monkeypatch, capsys, "--limit", limit)[0] == 2
+def test_a_limit_that_leaves_no_prompt(bench, limit):
+    assert bench("--limit", limit)[0] == 2

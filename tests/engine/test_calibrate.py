@@ -6,14 +6,13 @@ import json
 import math
 import re
 import shutil
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 from medusa_engine import Medusa, calibrate, calibration
 from medusa_engine.calibration import Calibration, Curve, best_nodes
-from medusa_engine.cli import main
 from medusa_engine.dataset import shard_paths
 from medusa_engine.draft import MedusaDrafter
 from medusa_engine.engine import DEFAULT_HEADS
@@ -469,27 +468,19 @@ def test_the_dataclass_reads_its_own_json(tmp_path):
 
 
 @pytest.fixture
-def medusa(monkeypatch, capsys, tmp_path):
-    """medusa(*arguments) -> exit code, standard output, standard error of `medusa calibrate` over PROMPTS."""
+def command(medusa, tmp_path):
+    """command(*arguments) -> what `medusa calibrate` over PROMPTS ends with and says."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     common = ["--prompts", tmp_path / "prompts.txt", "-n", 20, "--rounds", 2, "--context", 16, "--dtype", "float32"]
-
-    def run(*arguments) -> tuple[int, str, str]:
-        words = ["medusa", "calibrate", *common, "--model", counting_folder(), *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
+    return partial(medusa, "calibrate", *common, "--model", counting_folder())
 
 
 HEADS = ["--heads", counting_heads_folder(4, patchy=True)]
 
 
-def test_the_command_prints_the_curve_and_the_choice(medusa, monkeypatch, cache):
+def test_the_command_prints_the_curve_and_the_choice(command, monkeypatch, cache):
     monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 0.01 * (1 + n / 20)))
-    code, out, _ = medusa(*HEADS, "--batch", 1, "--batch", 2)
+    code, out, _ = command(*HEADS, "--batch", 1, "--batch", 2)
     (path,) = cache.glob("*.json")
     found = calibration.read(path)
     assert code == 0
@@ -511,15 +502,15 @@ def test_the_command_prints_the_curve_and_the_choice(medusa, monkeypatch, cache)
     assert "machine was busy" not in out
 
 
-def test_a_busy_machine_is_said(medusa, monkeypatch):
+def test_a_busy_machine_is_said(command, monkeypatch):
     monkeypatch.setattr(
         calibrate, "_step_samples", lambda m, d, trees, p, r: {tree.num_nodes: [1.0, 2.0, 3.0] for tree in trees}
     )
-    assert "the times vary by 100%: the machine was busy" in medusa(*HEADS)[1]
+    assert "the times vary by 100%: the machine was busy" in command(*HEADS)[1]
 
 
-def test_the_command_as_json(medusa, cache, tmp_path):
-    code, out, _ = medusa(*HEADS, "--json", "--plot", tmp_path / "curves.png", "--limit", 12)
+def test_the_command_as_json(command, cache, tmp_path):
+    code, out, _ = command(*HEADS, "--json", "--plot", tmp_path / "curves.png", "--limit", 12)
     (path,) = cache.glob("*")
     found = calibration.read(path)
     result = json.loads(out)
@@ -534,20 +525,20 @@ def test_the_command_as_json(medusa, cache, tmp_path):
     assert one["points"][0]["cost"] == one["points"][0]["speedup"] == 1.0
 
 
-def test_store_writes_the_temperatures(medusa, tmp_path):
+def test_store_writes_the_temperatures(command, tmp_path):
     shutil.copytree(counting_heads_folder(4, patchy=True), tmp_path / "mine")
-    code, out, _ = medusa("--heads", tmp_path / "mine", "--store", "--json")
+    code, out, _ = command("--heads", tmp_path / "mine", "--store", "--json")
     assert code == 0
     assert load_heads(tmp_path / "mine").metadata["temperatures"] == json.loads(out)["temperatures"]
 
 
-def test_without_matplotlib(medusa, monkeypatch, cache, tmp_path):
+def test_without_matplotlib(command, monkeypatch, cache, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, out, _ = medusa(*HEADS, "--json")
+    code, out, _ = command(*HEADS, "--json")
     assert (code, json.loads(out)["plot"]) == (0, None)
     assert not list(cache.glob("*.png"))
     monkeypatch.setattr(Medusa, "from_pretrained", None)  # said before any work
-    code, _, err = medusa(*HEADS, "--plot", tmp_path / "x.png")
+    code, _, err = command(*HEADS, "--plot", tmp_path / "x.png")
     assert (code, err) == (2, "medusa: the curves as PNG need `pip install 'medusa-kernels[bench]'`\n")
 
 
@@ -562,8 +553,8 @@ def test_without_matplotlib(medusa, monkeypatch, cache, tmp_path):
     ],
     ids=lambda case: " ".join(map(str, case)) if isinstance(case, list) else None,
 )
-def test_a_mistake_is_one_line(arguments, message, medusa):
-    code, out, err = medusa(*arguments)
+def test_a_mistake_is_one_line(arguments, message, command):
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1

@@ -20,19 +20,6 @@ MODEL = ["--model", str(write_counting(FOLDER / "cli", max_position_embeddings=1
 HEADS = ["--heads", str(counting_heads_folder()), "--tree", "chain-3"]
 
 
-@pytest.fixture
-def medusa(monkeypatch, capsys):
-    """medusa("tree", "list") -> exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medusa", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
-
-
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()):
     yield path, group
     for name, command in group.commands.items():

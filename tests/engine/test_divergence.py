@@ -2,12 +2,12 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from medusa_engine import Medusa, divergence
-from medusa_engine.cli import main
 from medusa_engine.decode import Decoder
 from medusa_engine.divergence import (
     BITWISE,
@@ -142,32 +142,24 @@ def test_what_cannot_stand_beside_transformers(engine, monkeypatch):
 
 
 @pytest.fixture
-def medusa_verify(monkeypatch, capsys, tmp_path):
+def command(medusa, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nM\n")
     common = ["--model", counting_folder(), "--heads", counting_heads_folder(), "--tree", "chain-3"]
-
-    def run(*arguments) -> tuple[int, str, str]:
-        line = ["medusa", "verify", *common, "--dtype", "float32", "--prompts", prompts, "-n", 12, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in line])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
+    return partial(medusa, "verify", *common, "--dtype", "float32", "--prompts", prompts, "-n", 12)
 
 
-def test_the_command_finds_no_difference(medusa_verify):
-    code, out, _ = medusa_verify("--transformers")
+def test_the_command_finds_no_difference(command):
+    code, out, _ = command("--transformers")
     assert code == 0
     assert out.splitlines()[0].startswith("plain decoding and Medusa, 3 prompts: 3 bitwise equal")
     assert out.splitlines()[1].startswith("transformers and plain decoding, 3 prompts: 3 ")
-    code, out, _ = medusa_verify("--limit", "2", "--json")
+    code, out, _ = command("--limit", "2", "--json")
     assert (code, json.loads(out)["verdict"], json.loads(out)["num_prompts"]) == (0, BITWISE, 2)
     assert list(json.loads(out)["against"]) == ["medusa"]
 
 
-def test_the_command_finds_a_bug(medusa_verify, monkeypatch):
+def test_the_command_finds_a_bug(command, monkeypatch):
     """Acceptance that takes one node too few yet keeps its next token: the classic off by one."""
     accept = Decoder.accept
 
@@ -176,10 +168,10 @@ def test_the_command_finds_a_bug(medusa_verify, monkeypatch):
         self.accept_length.clamp_(max=1)
 
     monkeypatch.setattr(Decoder, "accept", wrong)
-    code, out, _ = medusa_verify()
+    code, out, _ = command()
     assert code == 1
     assert out.startswith("bug: prompt 0 (a), token 2: plain decoding 'd' (4), Medusa ")
-    code, out, _ = medusa_verify("--json")
+    code, out, _ = command("--json")
     assert (code, json.loads(out)["verdict"]) == (1, BUG)
     difference = json.loads(out)["differences"][0]
     assert (difference["prompt"], difference["against"], difference["position"]) == (0, "medusa", 2)
@@ -188,7 +180,7 @@ def test_the_command_finds_a_bug(medusa_verify, monkeypatch):
     assert difference["margin"] > 1
 
 
-def test_the_command_finds_logits_that_only_look_equal(medusa_verify, monkeypatch):
+def test_the_command_finds_logits_that_only_look_equal(command, monkeypatch):
     """On the cpu backend one flipped bit is a bug though every token is the same."""
     verify_step = Decoder.verify
 
@@ -199,15 +191,15 @@ def test_the_command_finds_logits_that_only_look_equal(medusa_verify, monkeypatc
             logits *= 1 + 1e-6
 
     monkeypatch.setattr(Decoder, "verify", wrong)
-    code, out, _ = medusa_verify()
+    code, out, _ = command()
     assert code == 1
     assert "bug: prompt 0 (a), plain decoding and Medusa: equal tokens, logit error " in out
 
 
-def test_the_command_finds_near_ties_only(medusa_verify, monkeypatch):
+def test_the_command_finds_near_ties_only(command, monkeypatch):
     tie = Comparison(NEAR_TIE, 4, (6, 7), 1e-5, 2e-6)
     monkeypatch.setattr(divergence, "judge", lambda *_: tie)
-    code, out, _ = medusa_verify("--limit", 1)
+    code, out, _ = command("--limit", 1)
     assert code == 3
     assert out.splitlines()[0] == (
         "near-tie: prompt 0 (a), token 4: plain decoding 'f' (6), Medusa 'g' (7); margin 1e-05, logit error 2.0e-06"
@@ -223,7 +215,7 @@ def test_the_command_finds_near_ties_only(medusa_verify, monkeypatch):
         (["--batch", "0"], "0 is not in the range x>=1"),
     ],
 )
-def test_mistakes(arguments, message, medusa_verify):
-    code, out, err = medusa_verify(*arguments)
+def test_mistakes(arguments, message, command):
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert message in err

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from functools import cache
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from bench.losslessness import LENGTH, chi_square, count, outcomes
 from medusa_engine import Medusa
-from medusa_engine.cli import main
 from medusa_engine.decode import Decoder
 from medusa_engine.heads_files import save_heads
 from medusa_engine.prompt_lookup import Repetitions
@@ -363,39 +361,32 @@ def test_a_draft_of_other_tokens():
 # Command line
 
 
-def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["medusa", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit:
-        main()
-    return exit.value.code, *capsys.readouterr()
-
-
 COUNTING = ["--model", counting_folder(), "--dtype", "float32"]
 
 
-def test_generate_takes_a_draft(monkeypatch, capsys):
+def test_generate_takes_a_draft(medusa):
     arguments = ["generate", "a", *COUNTING, "--tree", "chain-3", "-n", 21, "--json"]
     for draft in ("first-layers:1", counting_folder()):
-        code, out, _ = run(monkeypatch, capsys, *arguments, "--draft", draft)
+        code, out, _ = medusa(*arguments, "--draft", draft)
         assert code == 0
         assert (json.loads(out)["text"], json.loads(out)["steps"]) == (spoken(range(2, 23)), 5)
-    code, _, err = run(monkeypatch, capsys, *arguments, "--draft", "magic")
+    code, _, err = medusa(*arguments, "--draft", "magic")
     assert (code, err.count("\n")) == (2, 1)
     assert "draft must be" in err
 
 
-def test_bench_shows_sources_side_by_side(monkeypatch, capsys, tmp_path):
+def test_bench_shows_sources_side_by_side(medusa, tmp_path):
     prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.jsonl"
     prompts.write_text("a\nb\nc\n")
     drafts = f"medusa@2x2,medusa@chain-3,prompt-lookup,first-layers:1@3,{wrong_at(lambda last: last % 5 == 3)}@chain-2"
     arguments = ["bench", *COUNTING, "--heads", counting_heads_folder(), "--prompts", prompts, "-n", 21]
     arguments += ["--drafts", drafts, "--output", rows]
-    code, out, _ = run(monkeypatch, capsys, *arguments)
+    code, out, _ = medusa(*arguments)
     assert code == 0
     lines = out.splitlines()
     assert [line.split()[0] for line in lines[2:7]] == ["none:", "medusa", "medusa", "prompt-lookup", "first-layers:1"]
     assert all(line.endswith("x  3 of 3") for line in lines[2:])
-    code, out, _ = run(monkeypatch, capsys, *arguments, "--json")
+    code, out, _ = medusa(*arguments, "--json")
     row = json.loads(out)
     assert [json.loads(line)["benchmark"] for line in rows.read_text().splitlines()] == ["drafts", "drafts"]
     shown = [(s["draft"], s["tree_nodes"], s["tree_depth"], s["steps"]) for s in row["sources"]]
@@ -403,7 +394,7 @@ def test_bench_shows_sources_side_by_side(monkeypatch, capsys, tmp_path):
     assert shown[3] == ("first-layers:1", 3, 2, 21)
     assert [s["tokens_per_step"] for s in row["sources"]][:2] == [3.0, 4.0]
     assert all(s["speedup"] > 0 and s["equal_texts"] == 3 for s in row["sources"])
-    code, _, err = run(monkeypatch, capsys, "bench", *COUNTING, "--prompts", prompts, "--drafts", "medusa,oak")
+    code, _, err = medusa("bench", *COUNTING, "--prompts", prompts, "--drafts", "medusa,oak")
     assert (code, err.count("\n")) == (2, 1)
 
 

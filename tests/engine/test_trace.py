@@ -5,13 +5,12 @@ test_trace_page.py.
 import json
 import math
 import re
-import sys
+from functools import partial
 
 import pytest
 import torch
 
 from medusa_engine import Medusa
-from medusa_engine.cli import main
 from medusa_engine.heads_files import save_heads
 from medusa_engine.sampling import SamplingOptions
 from medusa_engine.tokenizer import Tokenizer
@@ -272,26 +271,19 @@ def test_the_page_asks_for_nothing_from_outside(engine):
 
 
 @pytest.fixture
-def medusa_trace(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        model = ["--model", counting_folder(), "--heads", counting_heads_folder(), "--tree", "chain-3"]
-        line = ["medusa", "trace", *arguments, *model, "--dtype", "float32"]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in line])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
+def command(medusa):
+    model = ["--model", counting_folder(), "--heads", counting_heads_folder(), "--tree", "chain-3"]
+    return partial(medusa, "trace", *model, "--dtype", "float32")
 
 
-def test_the_command(medusa_trace, tmp_path, monkeypatch):
+def test_the_command(command, tmp_path, monkeypatch):
     file = tmp_path / "page.html"
-    code, out, _ = medusa_trace("a", "-o", file, "-n", 9)
+    code, out, _ = command("a", "-o", file, "-n", 9)
     assert (code, out) == (0, f"{file}: 9 tokens, 2 steps, 4.00 tokens per step\n")
     trace = embedded(file.read_text(encoding="utf-8"))
     assert (trace["prompt"], trace["text"], trace["mode"]) == ("a", "bcdefghij", "greedy")
     monkeypatch.chdir(tmp_path)
-    code, out, _ = medusa_trace("b", "-n", 9, "--mode", "lossless", "--temperature", 0.5, "--seed", 1, "--json")
+    code, out, _ = command("b", "-n", 9, "--mode", "lossless", "--temperature", 0.5, "--seed", 1, "--json")
     trace = embedded((tmp_path / "trace.html").read_text(encoding="utf-8"))
     assert (code, json.loads(out)) == (0, {"page": "trace.html", **summary(trace)})
     assert (trace["mode"], trace["temperature"]) == ("lossless", 0.5)
@@ -305,7 +297,7 @@ def test_the_command(medusa_trace, tmp_path, monkeypatch):
         (["a", "--temperature", "0.5"], "use mode='lossless' to sample"),
     ],
 )
-def test_mistakes(arguments, message, medusa_trace):
-    code, out, err = medusa_trace(*arguments)
+def test_mistakes(arguments, message, command):
+    code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert message in err

@@ -1,14 +1,13 @@
 """A tree and its mask as SVG: every node at a place of its own, every set bit of the mask a cell, well-formed XML."""
 
 import json
-import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medusa_engine.cli import main
 from medusa_engine.tree_svg import draw, layout, visible
 from medusa_kernels import Tree
 
@@ -74,14 +73,8 @@ def test_the_picture(name):
 
 
 @pytest.fixture
-def show(monkeypatch, capsys):
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medusa", "tree", "show", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code, *capsys.readouterr()
-
-    return run
+def show(medusa):
+    return partial(medusa, "tree", "show")
 
 
 def test_the_command(show, tmp_path):
