@@ -17,6 +17,7 @@ from .draft_choice import choose_drafter
 from .dynamic_tree import DynamicTree
 from .heads import MedusaHeads, heads_from_tensors
 from .heads_files import base_model_of, is_heads_only, load_heads
+from .machine import choose_device
 from .model import DTYPES, Model
 from .output import Chunk, Output, Stats, Transcript
 from .rounds import Round, rounds
@@ -106,7 +107,7 @@ class Medusa:
         uses_heads = draft == "medusa"
         if heads is not None and not uses_heads:
             raise ValueError(f"heads are for draft='medusa'; with draft={draft!r} they must be None")
-        device = _device(device, backend)
+        device = choose_device(device, backend)
         dtype = _dtype(dtype, device)
         named, model = os.fspath(model), fetched(model)
         if named == "default" and heads is None:
@@ -307,23 +308,6 @@ _STREAM_DEFAULTS = {"stop": None, "ignore_eos": False, "medusa": True, "chat": T
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _device(device: str | torch.device | None, backend: str) -> torch.device:
-    if device is None:
-        needs_gpu, found_gpu = backend in ("cuda", "triton"), torch.cuda.is_available()
-        if needs_gpu and not found_gpu:
-            raise ValueError(f"backend {backend!r} cannot be used: PyTorch finds no CUDA device here")
-        return torch.device("cuda" if needs_gpu or (backend == "auto" and found_gpu) else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or CUDA device, not {str(device)!r}")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(device)!r} cannot be used: PyTorch finds no CUDA device here")
-    return found
 
 
 def _dtype(dtype: str | None, device: torch.device) -> str:

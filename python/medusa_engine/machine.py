@@ -1,4 +1,4 @@
-"""What the engine runs on, as people name it."""
+"""What the engine runs on: how people name it, and whether it is there."""
 
 from __future__ import annotations
 
@@ -38,3 +38,27 @@ def describe(device: torch.device) -> str:
         return hardware(device)
     threads = kernel_threads()
     return f"{hardware(device)}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def choose_device(device: str | torch.device | None, backend: str) -> torch.device:
+    """The device meant by `device`: None is CUDA where `backend` can run there and a GPU is present, else the CPU.
+
+    Raises:
+        ValueError: it is no CPU or CUDA device, or not here.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        needs_gpu = backend in ("cuda", "triton")
+        if needs_gpu and not gpus:
+            raise ValueError(f"backend {backend!r} cannot be used: PyTorch finds no CUDA device here")
+        return torch.device("cuda" if needs_gpu or (backend == "auto" and gpus) else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or CUDA device, not {str(device)!r}")
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        here = f"only {gpus}, the first of them cuda:0" if gpus else "no CUDA device here"
+        raise ValueError(f"device {str(device)!r} cannot be used: PyTorch finds {here}")
+    return found
