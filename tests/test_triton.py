@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -22,6 +23,12 @@ KERNELS = {
     for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
 }
 SHARED_BYTES = {"sm_90": 227 << 10, "gfx942": 64 << 10}  # that one program may have
+# What the kernels use of triton.language, each name seen in Triton 3.6.0: the oldest that is supported.
+OLDEST_LANGUAGE = {
+    "arange", "cdiv", "ceil", "constexpr", "cumsum", "debug_barrier", "dot", "dtype", "exp", "exp2", "full", "load",
+    "log", "max", "maximum", "min", "minimum", "philox", "program_id", "store", "sum", "where", "zeros",
+    "bfloat16", "float16", "float32", "float64", "int32", "int64", "uint32",
+}  # fmt: skip
 COVERED = ("tree_attention", "draft_heads", "verify_tree", "compact_kv")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -46,6 +53,16 @@ def test_every_kernel_compiles_without_spills(target):
         assert row["stack_bytes"] == 0, row
         assert row["shared_bytes"] <= SHARED_BYTES[target], row
         assert row["registers"] > 0, row
+
+
+def test_kernels_use_nothing_that_the_oldest_triton_lacks():
+    used = {
+        node.attr
+        for path in (ROOT / "medusa_kernels" / "triton").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tl"
+    }
+    assert used <= OLDEST_LANGUAGE, used - OLDEST_LANGUAGE
 
 
 @needs_triton
