@@ -23,10 +23,11 @@ RUN_AHEAD = 1  # steps under way while the host reads one
 
 
 class Cuda:
-    """What captured steps ask of CUDA."""
+    """What captured steps ask of CUDA, of this device, whichever is current."""
 
     def __init__(self, device: torch.device):
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
 
     @classmethod
     def of(cls, model: Model) -> Cuda | None:
@@ -37,22 +38,34 @@ class Cuda:
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work` as a graph, not run yet: the call that launches it on the current stream. All it needs was loaded."""
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(device=self._device)
-        # What other threads do with CUDA meanwhile is their own business.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            work()
-        return graph.replay
+        with self._current():
+            if self._stream is None:  # one for every capture: cuBLAS keeps a workspace for each stream it meets
+                self._stream = torch.cuda.Stream()
+            # What other threads do with CUDA meanwhile is their own business.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+
+        def replay() -> None:
+            with self._current():
+                graph.replay()
+
+        return replay
 
     def host_like(self, tensor: Tensor) -> Tensor:
         """Host memory that the device writes to without the host's help."""
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        with self._current():  # elsewhere, pinning would wake a device that nobody uses
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
     def send(self, tensor: Tensor, host: Tensor) -> Callable[[], None]:
-        """Enqueues the copy of `tensor` to `host`, and returns the call that waits for it."""
-        host.copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
+        """Enqueues the copy of `tensor` to `host`, behind what was replayed, and returns the call that waits for it."""
+        with self._current():
+            host.copy_(tensor, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         return event.synchronize
+
+    def _current(self) -> torch.cuda.device:
+        return torch.cuda.device(self._device)
 
 
 class CapturedStep:

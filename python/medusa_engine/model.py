@@ -62,6 +62,7 @@ class Model:
         """`bitwise`: no row's logits depend on the rows beside it, down to the last bit."""
         checkpoint.check_complete()
         self.config = checkpoint.config
+        device = torch.empty(0, device=device).device  # by its number: "cuda" is whichever is current
         self.device, self.dtype, self.dtype_name = device, DTYPES[dtype], dtype
         self.backend = backend if backend != "auto" else auto_backend(device)
         if dtype == "int8" and self.backend != "cpu":

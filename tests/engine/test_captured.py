@@ -290,45 +290,70 @@ def test_an_outcome_is_read_from_a_copy_alone():
 
 
 def test_the_real_graph_is_asked_for_as_torch_has_it(monkeypatch):
-    """Captured on a stream of its own, replayed and recorded on the current one."""
-    calls = []
+    """Captured on a stream of its own, one for all captures; replayed, copied and recorded on the current one of the
+    model's device, whichever device is current.
+    """
+    calls, current = [], [0]
+
+    def call(name: str, *details) -> None:
+        calls.append((name, current[-1], *details))
 
     class Graph:
         def replay(self):
-            calls.append("replay")
+            call("replay")
 
     class Capture:
         def __init__(self, graph, *, stream, capture_error_mode):
-            calls.append((type(graph).__name__, stream, capture_error_mode))
+            call(type(graph).__name__, stream, capture_error_mode)
 
         def __enter__(self):
-            calls.append("begin")
+            call("begin")
 
         def __exit__(self, *error):
-            calls.append("end")
+            call("end")
 
     class Event:
-        def record(self, stream):
-            calls.append(("record", stream))
+        def record(self):
+            call("record")
 
         def synchronize(self):
-            calls.append("synchronize")
+            call("synchronize")
 
+    class Host:
+        def copy_(self, tensor, non_blocking):
+            call("copy", tensor, non_blocking)
+
+    class Device:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    streams = itertools.count()
     for name, fake in {
         "CUDAGraph": Graph,
         "graph": Capture,
         "Event": Event,
-        "Stream": lambda device: f"side stream of {device}",
-        "current_stream": lambda device: f"current stream of {device}",
+        "Stream": lambda: f"side stream {next(streams)} of {current[-1]}",
+        "device": Device,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    gpu = captured.Cuda(torch.device("cuda:0"))
-    replay = gpu.capture(lambda: calls.append("work"))
-    assert calls == [("Graph", "side stream of cuda:0", "thread_local"), "begin", "work", "end"]
-    calls.clear()
+    gpu = captured.Cuda(torch.device("cuda:1"))
+    for _ in range(2):
+        replay = gpu.capture(lambda: call("work"))
+        graph = ("Graph", 1, "side stream 0 of 1", "thread_local")
+        assert calls == [graph, ("begin", 1), ("work", 1), ("end", 1)]
+        calls.clear()
     replay()
-    host = torch.zeros(2)
-    wait = gpu.send(torch.ones(2), host)
-    assert host.tolist() == [1, 1]
+    wait = gpu.send("tensor", Host())
     wait()
-    assert calls == ["replay", ("record", "current stream of cuda:0"), "synchronize"]
+    assert calls == [("replay", 1), ("copy", 1, "tensor", True), ("record", 1), ("synchronize", 0)]
+    calls.clear()
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, pin_memory: call("pinned", dtype, pin_memory))
+    gpu.host_like(torch.zeros(2))
+    assert calls == [("pinned", 1, torch.float32, True)]
+    assert current == [0]
