@@ -30,7 +30,7 @@ from tqdm import tqdm
 from bench.quality import read_logits
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, load_prompts, where
-from medusa_engine.cli import parse_tree
+from medusa_engine.cli_options import parse_tree
 from medusa_kernels.reference.sampling import kept_weights
 
 BINS = 50

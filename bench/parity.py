@@ -14,7 +14,7 @@ import torch
 
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, load_prompts, where
-from medusa_engine.cli import parse_tree
+from medusa_engine.cli_options import parse_tree
 from medusa_engine.divergence import BITWISE, EQUAL, EXIT_CODES, VERDICTS, Transformers, report, verify
 
 

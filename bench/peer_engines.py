@@ -60,7 +60,7 @@ class Spec:
     contestant: Contestant
     threads: int
     context: int
-    tree: str | int = "auto"
+    tree: str | int | list = "auto"
 
     def dumps(self) -> str:
         return json.dumps(asdict(self))

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from bench.peer_engines import CONTESTANTS, PEERS, Contestant, Reply, Spec
 from medusa_engine.benchmark import append_row, load_prompts, where
 from medusa_engine.checkpoint import open_checkpoint
+from medusa_engine.cli_options import parse_tree
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_TOKENS = 8
@@ -287,7 +288,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--peers", type=peer_list, default=PEERS, help=f"some of {','.join(PEERS)}")
     parser.add_argument("--precisions", help="some of the precisions, say BF16,Q8_0,int8; default: all")
-    parser.add_argument("--tree", default="auto", help="our Medusa's tree: auto, a number of nodes or a name")
+    parser.add_argument(
+        "--tree", type=parse_tree, default="auto", help="our Medusa's tree: auto, a number of nodes or a name"
+    )
     parser.add_argument("--output", type=Path, help="append a results row per engine and precision to this JSONL file")
     parser.add_argument("--chart", type=Path, help="write the bar chart to this PNG")
     args = parser.parse_args(argv)
@@ -314,9 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = open_checkpoint("default").tokenizer
     prompts = [tokenizer.encode_chat(text) for text in args.texts]
     context = -(-(max(map(len, prompts)) + args.max_new_tokens) // 256) * 256
-    tree = int(args.tree) if args.tree.isdigit() else args.tree
     results = compete(
-        lambda contestant: Worker.of(Spec(contestant, args.threads, context, tree)),
+        lambda contestant: Worker.of(Spec(contestant, args.threads, context, args.tree)),
         args.contestants,
         prompts,
         args.max_new_tokens,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, load_prompts, where
-from medusa_engine.cli import parse_tree
+from medusa_engine.cli_options import parse_tree
 from medusa_engine.output import Output
 
 TREES = ("chain-4", "16", "64", "dynamic-16", "dynamic-64")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from pathlib import Path
 
 import click
+
+from .cli_options import model_options, parse_tree, prompt_options, sampling_options
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -38,87 +39,11 @@ def cli(context) -> None:
     _help_without_verb(context)
 
 
-def _model_options(command):
-    """Options that choose and load a model: they become the keyword `load`, a call that returns the engine."""
-    options = [
-        click.option(
-            "--model", default="default", show_default=True, help="'default', a folder, a .gguf file or a hub id."
-        ),
-        click.option("--heads", help="Medusa heads: a folder, a file or a hub id."),
-        click.option(
-            "--draft",
-            default="medusa",
-            show_default=True,
-            help="Where guesses come from: medusa, prompt-lookup, first-layers:N, or a smaller model's path.",
-        ),
-        click.option(
-            "--tree", default="auto", show_default=True, help="'auto', a number of nodes, a name, or choices as JSON."
-        ),
-        click.option("--backend", default="auto", show_default=True, help="auto, reference, cpu, cuda or triton."),
-        click.option("--device", help="cpu or cuda; default: where the backend runs."),
-        click.option("--dtype", help="float32, bfloat16, float16 (CUDA) or int8 (CPU); default: bfloat16."),
-        click.option("--max-seqlen", type=int, help="Prompt + new tokens at most; default: min(context, 4096)."),
-        click.option("--bitwise", is_flag=True, help="On a GPU too, logits equal to plain decoding's bit for bit."),
-    ]
-
-    @functools.wraps(command)
-    def wrapper(model, heads, draft, tree, backend, device, dtype, max_seqlen, bitwise, **rest):
-        def load():
-            from .engine import Medusa
-
-            return Medusa.from_pretrained(
-                model,
-                heads,
-                draft=draft,
-                backend=backend,
-                device=device,
-                dtype=dtype,
-                tree=parse_tree(tree),
-                max_seqlen=max_seqlen,
-                bitwise=bitwise,
-            )
-
-        return command(load=load, **rest)
-
-    return _with(options, wrapper)
-
-
-def _with(options, command):
-    """The command with these options, listed in this order by --help."""
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def parse_tree(text: str) -> str | int | list:
-    """The `tree` argument of from_pretrained that a command-line word stands for."""
-    if text.isdigit():
-        return int(text)
-    if not text.startswith("["):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--tree is no valid JSON list of choices: {error}") from None
-
-
-def _sampling_options(command):
-    """Options that say how tokens are chosen: keywords of `Medusa.generate`."""
-    options = [
-        click.option("--mode", default="greedy", show_default=True, help="greedy, typical or lossless."),
-        click.option("--temperature", type=float, default=1.0, show_default=True),
-        click.option("--top-p", type=float, default=1.0, show_default=True),
-        click.option("--top-k", type=int, default=0, show_default=True),
-        click.option("--seed", type=int, help="Reproduces a sampled text."),
-    ]
-    return _with(options, command)
-
-
 @_command(cli, 'medusa generate "Why is the sky blue?" --compare')
 @click.argument("prompt")
-@_model_options
+@model_options
 @click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
-@_sampling_options
+@sampling_options
 @click.option("--stop", multiple=True, help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
 @click.option("--no-medusa", is_flag=True, help="Plain decoding by the same kernels.")
@@ -194,21 +119,9 @@ def _as_dict(output) -> dict:
     }
 
 
-def _prompt_options(command):
-    """Options that choose a prompt set and how far to answer each prompt."""
-    options = [
-        click.option(
-            "--prompts", default="chat", show_default=True, help="'chat', 'humaneval', or a text file with one a line."
-        ),
-        click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT prompts only."),
-        click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True),
-    ]
-    return _with(options, command)
-
-
 @_command(cli, "medusa bench --prompts chat --limit 20 --tree 16")
-@_model_options
-@_prompt_options
+@model_options
+@prompt_options
 @click.option(
     "--drafts",
     metavar="SOURCE[@TREE],...",
@@ -237,8 +150,8 @@ def bench(load, prompts, limit, max_new_tokens, drafts, output, as_json) -> None
 
 
 @_command(cli, "medusa verify --prompts chat --limit 20 --transformers")
-@_model_options
-@_prompt_options
+@model_options
+@prompt_options
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Prompts decoded at once.")
 @click.option("--transformers", "beside", is_flag=True, help="Compare plain decoding with transformers too.")
 @click.option("--json", "as_json", is_flag=True, help="Counts and differences as JSON.")
@@ -260,8 +173,8 @@ def verify(load, prompts, limit, max_new_tokens, batch, beside, as_json) -> int:
 
 
 @_command(cli, "medusa calibrate --batch 1 --batch 4")
-@_model_options
-@_prompt_options
+@model_options
+@prompt_options
 @click.option(
     "--batch",
     "batches",
@@ -322,9 +235,9 @@ def calibrate(load, prompts, limit, max_new_tokens, batches, context, rounds, st
     show_default=True,
     help="The page to write.",
 )
-@_model_options
+@model_options
 @click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True)
-@_sampling_options
+@sampling_options
 @click.option("--no-chat", is_flag=True, help="Leave out the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
 def trace(load, prompt, output, max_new_tokens, no_chat, as_json, **options) -> None:

@@ -12,7 +12,8 @@ import click
 import pytest
 
 from medusa_engine import Medusa
-from medusa_engine.cli import cli, main, parse_tree
+from medusa_engine.cli import cli, main
+from medusa_engine.cli_options import parse_tree
 from medusa_kernels import Tree
 from tests.engine.models import FOLDER, counting_heads_folder, spoken, write_counting
 
