@@ -8,6 +8,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import medusa_kernels as mk
-from medusa_kernels import _backends, launches
+from medusa_kernels import _backends, launches, native
 
 from . import backends
 from .backends import OPS, REFERENCE, Backend, backends_for
@@ -206,6 +207,64 @@ def test_a_lazy_launch_goes_to_its_tensors_device(monkeypatch):
     launches.bind(launch, on_gpu(2))()
     launch(torch.zeros(1))
     assert seen == [1, 2, 0]
+
+
+@pytest.fixture
+def workspace(monkeypatch):
+    """sized(scratch bytes, counters, on device): the addresses that a CUDA launch gets, as tensors; and the GPUs."""
+    gpus = Gpus(monkeypatch)
+    gpus.capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpus.capturing)
+    for name in ("_SCRATCH", "_COUNTERS"):
+        monkeypatch.setattr(native, name, {})
+    for make in ("empty", "zeros"):
+        real = getattr(torch, make)
+        monkeypatch.setattr(torch, make, lambda size, dtype, device, real=real: real(size, dtype=dtype))
+
+    def sized(scratch: int, counters: int = 1, device: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        library = SimpleNamespace(an_op_workspace=lambda: (scratch, counters))
+        held = native.with_workspace("an_op", lambda tensor: (), library)(on_gpu(device))
+        assert held == tuple(address.tensor.data_ptr() for address in held)
+        return tuple(address.tensor for address in held)
+
+    return sized, gpus
+
+
+def test_one_streams_launches_share_a_workspace(workspace):
+    sized, gpus = workspace
+    scratch, counters = sized(1000)
+    for size in (1000, 10, 0):
+        assert all(a is b for a, b in zip(sized(size), (scratch, counters), strict=True))
+    gpus.stream = 7
+    assert not {*map(id, sized(10))} & {id(scratch), id(counters)}
+    gpus.stream = 0
+    assert not {*map(id, sized(10, device=1))} & {id(scratch), id(counters)}
+    assert sized(10)[0] is scratch
+
+
+def test_an_outgrown_workspace_lives_as_long_as_its_launches(workspace):
+    sized, _ = workspace
+    first, second = sized(1000), sized(1001, 5000)
+    assert first[0].numel() == 1000
+    assert second[0].numel() == 1001
+    assert second[1].numel() == 5000
+    assert sized(1000)[0] is second[0]
+    small = weakref.ref(first[0]), weakref.ref(first[1])
+    del first
+    assert small[0]() is None
+    assert small[1]() is not None  # counters are small, and a graph may know them
+
+
+def test_a_captured_launch_has_a_workspace_of_its_graph(workspace):
+    """The shared one may go before the graph does; and zeros that are captured are written at its replay."""
+    sized, gpus = workspace
+    shared = sized(1000)
+    gpus.capturing = True
+    assert sized(10)[0] is not shared[0]
+    assert sized(10)[1] is shared[1]  # zero already
+    assert sized(10, 5000)[1] is not sized(10, 5000)[1]
+    gpus.capturing = False
+    assert all(a is b for a, b in zip(sized(10), shared, strict=True))
 
 
 def test_a_graph_holds_kernels_alone():

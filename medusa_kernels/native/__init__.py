@@ -50,21 +50,37 @@ def with_workspace(op: str, arguments: Callable[..., tuple], library: object = N
         plain = arguments(*tensors)
         scratch_bytes, count = getattr(functions, f"{op}_workspace")(*plain)
         device = tensors[0].device
-        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
-        return (*plain, Held(scratch), Held(_counters(device, count)))
+        return (*plain, Held(_scratch(device, scratch_bytes)), Held(_counters(device, count)))
 
     return cuda_arguments
 
 
-# Kernels leave their counters at 0, so one stream's launches, which follow one another, share the last of its tensors.
-# Those it outgrew stay: a captured graph may hold their address.
-_COUNTERS: dict[tuple[torch.device, int], list[Tensor]] = {}
+# One stream's launches follow one another, so they share a workspace: a model's layers would otherwise hold one each.
+_Stream = tuple[torch.device, int]
+# Only the last, largest one. Those it outgrew live as long as the launches that are bound to them.
+_SCRATCH: dict[_Stream, Tensor] = {}
+# Kernels leave their counters at 0. All of them stay: a captured graph may hold the address of any.
+_COUNTERS: dict[_Stream, list[Tensor]] = {}
+
+
+def _stream(device: torch.device) -> _Stream:
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def _scratch(device: torch.device, size: int) -> Tensor:
+    # What a capture allocates is its graph's, for as long as that lives: longer than the launches it was captured from.
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    kept = _SCRATCH.get(_stream(device))
+    if kept is None or kept.numel() < size:
+        kept = _SCRATCH[_stream(device)] = torch.empty(size, dtype=torch.uint8, device=device)
+    return kept
 
 
 def _counters(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32)
-    kept = _COUNTERS.setdefault((device, torch.cuda.current_stream(device).cuda_stream), [])
+    kept = _COUNTERS.setdefault(_stream(device), [])
     if kept and kept[-1].numel() >= count:
         return kept[-1]
     fresh = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
