@@ -7,9 +7,11 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
 
 from bench import _timing, ops
+from bench.gpu import small
 
 LINE = re.compile(r"(\S+ ){4}\d+\.\d us \| \d+\.\d GB/s \| \d+% of limit \| \d+\.\dx reference")
 
@@ -58,6 +60,67 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
     assert result.exit_code == 1
     assert "cpu: FAILED its check: output 0 is off by" in result.output
     assert len([line for line in result.output.splitlines() if LINE.fullmatch(line)]) == 1
+
+
+class TestFailure:
+    """How far off an output may be."""
+
+    @pytest.mark.parametrize("case", [case for case in small.CASES if case[0] == "draft_heads"], ids=str)
+    @pytest.mark.parametrize("inside", [False, True], ids=["activations rounded", "rounded everywhere"])
+    def test_fp32_logprobs_of_rounded_rows_pass(self, case, inside):
+        """The heads as a GPU may compute them: from rows in the activations' dtype."""
+        op, storage, dims = case
+        work, _ = small.works(op, storage, dims, "cpu")
+        dtype = ops.DTYPES[storage]
+        hidden, blocks, _, lm_head, _, top_k, _, logprobs = work.arguments
+
+        def run():
+            exact = dtype if inside else torch.float32
+            x = hidden.to(exact).expand(len(blocks), *hidden.shape)
+            for layer in range(blocks.shape[1]):
+                x = (x + F.silu(x @ blocks[:, layer].to(exact).mT)).to(dtype).to(exact)
+            scores = (x @ lm_head.to(exact).mT).float().log_softmax(-1)
+            logprobs.copy_(scores.topk(top_k).values.transpose(0, 1))
+
+        reference = ops.call(op, "reference", "cpu", work)
+        assert ops.failure(work, run, reference, dtype) == ""
+        wrong = lambda: (run(), logprobs.mul_(1.05))  # noqa: E731
+        assert "output 0 is off by 0.0" in ops.failure(work, wrong, reference, dtype)
+
+    def test_fp32_activations_leave_an_fp32_limit(self):
+        work = ops.Maker("cpu", torch.bfloat16).linear(rows=2, inputs=8, outputs=4)
+        assert ops.tolerance(work, torch.float32, torch.bfloat16) == ops.TOLERANCE[torch.float32]
+        assert ops.tolerance(work, torch.float32, torch.int8) == ops.TOLERANCE[torch.int8]
+
+    def test_moved_rows_are_exact_and_never_held_in_fp64(self, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "double", lambda self: pytest.fail("a cache in fp64"))
+        work = ops.Maker("cpu", torch.bfloat16).compact_kv(layers=2, kv_heads=1, head_dim=8, moved=2, prefix=4)
+        (cache,) = work.outputs
+        reference = ops.call("compact_kv", "reference", "cpu", work)
+        assert ops.failure(work, reference, reference, torch.bfloat16) == ""
+
+        def run():
+            reference()
+            cache[1, 0, 0, 5, 0, 3] *= 1 + 2**-7  # bf16's next number
+
+        assert ops.failure(work, run, reference, torch.bfloat16) == f"output 0 differs in 1 of {cache.numel()} places"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+    def test_an_error_is_found_in_any_part(self, dtype, monkeypatch):
+        parts = ops._parts
+        monkeypatch.setattr(ops, "_parts", lambda *tensors: parts(*tensors, size=7))
+        work = ops.Maker("cpu", torch.float32).silu_mul(rows=3, ffn=10)
+        (out,) = work.outputs
+        reference = ops.call("silu_mul", "reference", "cpu", work)
+        assert ops.failure(work, reference, reference, dtype) == ""
+        for at in (0, 13, 29):
+            for wrong, said in ((100.0, "off by "), (torch.nan, "off by nan")):
+
+                def run(at=at, wrong=wrong):
+                    reference()
+                    out.view(-1)[at] = wrong
+
+                assert said in ops.failure(work, run, reference, dtype)
 
 
 def test_an_unknown_shape_is_a_usage_error():

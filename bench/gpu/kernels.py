@@ -149,7 +149,7 @@ def difference(op: str, work: ops.Work, run: Callable[[], object], reference: Ca
         if isinstance(result, torch.Tensor):
             work.outputs[0].view(result.shape).copy_(result)
 
-    return ops.failure(work, written, reference, work.outputs[0].dtype)
+    return ops.failure(work, written, reference, work.arguments[0].dtype)
 
 
 def attention_baseline(work: ops.Work) -> dict[str, Callable]:

@@ -74,7 +74,7 @@ def failure(op: str, dtype: str, dims: dict, *, device: str = "cuda", backend: s
             out.copy_(result)
         results.append([out.clone() for out in here.outputs])
 
-    problem = ops.failure(here, run, ops.call(op, "reference", "cpu", here), here.outputs[0].dtype)
+    problem = ops.failure(here, run, ops.call(op, "reference", "cpu", here), ops.DTYPES[dtype])
     start = [out.clone() for out in here.outputs]
     for _ in range(repeats):
         for out, before in zip(here.outputs, start, strict=True):
