@@ -19,7 +19,7 @@ def _example(text: str) -> str:
 
 
 def _command(group: click.Group, example: str, name: str | None = None):
-    return group.command(name, epilog=_example(example))
+    return group.command(name, context_settings=_CONTEXT, epilog=_example(example))
 
 
 def _help_without_verb(context: click.Context) -> None:
@@ -304,7 +304,7 @@ def train(folder, as_json, **options) -> None:
         click.echo(f"heads written to {summary['heads']}")
 
 
-@cli.group(invoke_without_command=True, epilog=_example("medusa tree show 4x3x2"))
+@cli.group(context_settings=_CONTEXT, invoke_without_command=True, epilog=_example("medusa tree show 4x3x2"))
 @click.pass_context
 def tree(context) -> None:
     """Speculation trees."""
@@ -351,7 +351,7 @@ def list_trees(as_json) -> None:
     click.echo(json.dumps(Tree.names()) if as_json else "\n".join(Tree.names()))
 
 
-@cli.group(invoke_without_command=True, epilog=_example("medusa models fetch"))
+@cli.group(context_settings=_CONTEXT, invoke_without_command=True, epilog=_example("medusa models fetch"))
 @click.pass_context
 def models(context) -> None:
     """Models in the cache."""
