@@ -107,7 +107,7 @@ __device__ __forceinline__ float block_sum(float x, float* partial) {
   return warp_sum(mine);
 }
 
-// Keys order like the numbers they stand for; -0 and +0 share one.
+// Keys order like the numbers they stand for; -0 and +0 share one. NaN, positive once added to, is the largest.
 __device__ __forceinline__ uint32_t order_key(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;

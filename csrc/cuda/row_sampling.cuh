@@ -133,7 +133,7 @@ struct Row {
       kept.key = threshold(0, static_cast<float>(top_k), [](float) { return 1.0f; }, &count_above);
       kept.ties = top_k - static_cast<int>(count_above);
     }
-    if (top_p < 1) {
+    if (top_p < 1 && top == top) {  // NaN beside the weights: no share of them is known to be enough
       float mass = 0, mass_above;
       each([&](float v, int) { mass += order_key(v) > kept.key ? weight(v) : 0.0f; });
       float total = sum(mass);
@@ -147,7 +147,8 @@ struct Row {
     return kept;
   }
 
-  // The first id whose running sum of kept weights exceeds u times their total, else the last of positive weight.
+  // The first id whose running sum of kept weights exceeds u times their total, else the last whose weight is not 0: a
+  // token of the vocabulary even where the weights are NaN.
   __device__ int draw(Kept kept, float u) const {
     const int warp = threadIdx.x / 32, lane = this->lane();
     // A warp's segment is contiguous: ids rise from warp to warp.
@@ -173,12 +174,13 @@ struct Row {
     const int own_ties = lane < kRowWarps ? s.segment_ties[lane] : 0;
     const int ties_before = inclusive_scan(own_ties) - own_ties;
     const float own_mass = lane < kRowWarps ? s.segment_mass[lane] : 0.0f;
-    const float own = own_mass + max(min(kept.ties - ties_before, own_ties), 0) * tie_weight;
+    const int kept_ties = max(min(kept.ties - ties_before, own_ties), 0);
+    const float own = kept_ties ? own_mass + kept_ties * tie_weight : own_mass;
     const float running = inclusive_scan(own);
     const float target = u * __shfl_sync(kFullWarp, running, 31);
     const unsigned crossed = __ballot_sync(kFullWarp, running > target && own > 0);
-    const unsigned positive = __ballot_sync(kFullWarp, own > 0);
-    const int chosen = crossed ? __ffs(crossed) - 1 : 31 - __clz(positive);
+    const unsigned some = __ballot_sync(kFullWarp, own != 0);
+    const int chosen = crossed ? __ffs(crossed) - 1 : 31 - __clz(some);
     const float before = __shfl_sync(kFullWarp, running, chosen) - __shfl_sync(kFullWarp, own, chosen);
     const int before_ties = __shfl_sync(kFullWarp, ties_before, chosen);
     if (warp == chosen) {
@@ -195,7 +197,7 @@ struct Row {
   // One warp: walks a segment in order of ids until the running sum, which stands at `running`, exceeds target.
   __device__ int find(int begin, int end, Kept kept, float tie_weight, float running, int ties, float target) const {
     const int lane = this->lane();
-    int last_positive = -1;
+    int last = -1;
     for (int first = begin; first < end; first += 32 * N) {
       const int i = first + lane * N;
       float w[N], lane_sum = 0;
@@ -215,7 +217,7 @@ struct Row {
         const bool tie = i < end && keys[j] == kept.key;
         w[j] = i < end && keys[j] > kept.key ? weight(w[j]) : tie && rank < kept.ties ? tie_weight : 0.0f;
         rank += tie;
-        if (w[j] > 0) last_positive = i + j;
+        if (w[j] != 0) last = i + j;
         lane_sum += w[j];
       }
       const float up_to_here = running + inclusive_scan(lane_sum);
@@ -236,9 +238,8 @@ struct Row {
       ties = __shfl_sync(kFullWarp, rank, 31);
     }
 #pragma unroll
-    for (int by = 16; by > 0; by /= 2)
-      last_positive = max(last_positive, __shfl_xor_sync(kFullWarp, last_positive, by));
-    return last_positive;
+    for (int by = 16; by > 0; by /= 2) last = max(last, __shfl_xor_sync(kFullWarp, last, by));
+    return last;
   }
 };
 

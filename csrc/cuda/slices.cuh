@@ -39,20 +39,13 @@ __device__ __forceinline__ float shifted(float logit, float top, float temperatu
 // `logit` holds the lane's ids, from first_id + kLaneIds * lane on; -inf past the vocabulary. Greedy needs no sums.
 __device__ __forceinline__ Slice slice_of(const float (&logit)[kLaneIds], int first_id, bool sums, float temperature) {
   const int lane = threadIdx.x % 32;
-  float top = logit[0];
-  int at = 0;
+  Slice made = {0, 0, 0};
 #pragma unroll
-  for (int j = 1; j < kLaneIds; ++j) {
-    if (logit[j] > top) {
-      top = logit[j];
-      at = j;
-    }
-  }
-  const float own = top;
-  top = warp_max(top);
-  const int holder = __ffs(__ballot_sync(kFullWarp, own == top)) - 1;  // lanes stand in the order of ids
-  Slice made = {rank_key(top, first_id + __shfl_sync(kFullWarp, kLaneIds * lane + at, holder)), 0, 0};
+  for (int j = 0; j < kLaneIds; ++j) made.best = max(made.best, rank_key(logit[j], first_id + kLaneIds * lane + j));
+#pragma unroll
+  for (int by = 16; by > 0; by /= 2) made.best = max(made.best, __shfl_xor_sync(kFullWarp, made.best, by));
   if (!sums) return made;
+  const float top = rank_value(made.best);
 #pragma unroll
   for (int j = 0; j < kLaneIds; ++j) {
     if (logit[j] == -INFINITY) continue;
@@ -122,8 +115,8 @@ struct RowSlices {
     const float running = inclusive_scan(own);
     Crossing found = {0, 0, u * __shfl_sync(kFullWarp, running, 31)};
     const unsigned crossed = __ballot_sync(kFullWarp, running > found.target && own > 0);
-    const unsigned positive = __ballot_sync(kFullWarp, own > 0);
-    const int chosen = crossed ? __ffs(crossed) - 1 : 31 - __clz(positive);
+    const unsigned nonzero = __ballot_sync(kFullWarp, own != 0);
+    const int chosen = crossed ? __ffs(crossed) - 1 : 31 - __clz(nonzero);
     float before = __shfl_sync(kFullWarp, running, chosen) - __shfl_sync(kFullWarp, own, chosen);
     const int chosen_begin = __shfl_sync(kFullWarp, begin, chosen), chosen_end = __shfl_sync(kFullWarp, end, chosen);
     for (int first = chosen_begin; first < chosen_end; first += 32) {
@@ -131,7 +124,7 @@ struct RowSlices {
       const float part = s < chosen_end ? scale(slices[s], top) * slices[s].mass : 0.0f;
       const float up_to_here = before + inclusive_scan(part);
       const unsigned here = __ballot_sync(kFullWarp, up_to_here > found.target && part > 0);
-      const unsigned some = __ballot_sync(kFullWarp, part > 0);
+      const unsigned some = __ballot_sync(kFullWarp, part != 0);
       // Rounding may keep the walk just under the target: then the last slice with mass is meant.
       if (some) {
         const int source = here ? __ffs(here) - 1 : 31 - __clz(some);
@@ -144,8 +137,8 @@ struct RowSlices {
     return found;
   }
 
-  // The token: the first id of the crossing's slice at which the running mass exceeds the target, else its last of
-  // positive weight. `logit` as in slice_of.
+  // The token: the first id of the crossing's slice at which the running mass exceeds the target, else its last whose
+  // weight is not 0: a token of the vocabulary even where the weights are NaN. `logit` as in slice_of.
   __device__ int find(const Crossing& crossing, const float (&logit)[kLaneIds], float top) const {
     const int lane = threadIdx.x % 32;
     float w[kLaneIds], lane_sum = 0;
@@ -157,16 +150,16 @@ struct RowSlices {
     }
     const float up_to_here = crossing.before + inclusive_scan(lane_sum);
     const unsigned crossed = __ballot_sync(kFullWarp, up_to_here > crossing.target && lane_sum > 0);
-    const unsigned positive = __ballot_sync(kFullWarp, lane_sum > 0);
+    const unsigned some = __ballot_sync(kFullWarp, lane_sum != 0);
     float at = up_to_here - lane_sum;
 #pragma unroll
     for (int j = 0; j < kLaneIds; ++j) {
       // As above: the lane's own walk may stay just under the target.
-      if (w[j] > 0 && (token < 0 || !(at > crossing.target))) token = kLaneIds * lane + j;
+      if (w[j] != 0 && (token < 0 || !(at > crossing.target))) token = kLaneIds * lane + j;
       at += w[j];
     }
-    const int chosen = crossed ? __ffs(crossed) - 1 : 31 - __clz(positive);
-    return crossing.slice * kSliceIds + __shfl_sync(kFullWarp, token, chosen);
+    const int chosen = crossed ? __ffs(crossed) - 1 : 31 - __clz(some);
+    return crossing.slice * kSliceIds + max(__shfl_sync(kFullWarp, token, chosen), 0);  // every logit may be -inf
   }
 };
 
