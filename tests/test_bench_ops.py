@@ -62,6 +62,14 @@ def test_a_wrong_result_gets_no_time(monkeypatch):
     assert len([line for line in result.output.splitlines() if LINE.fullmatch(line)]) == 1
 
 
+def test_evicting_reads_all_of_its_buffer_and_writes_none():
+    buffer, result = _timing._buffer("cpu")
+    written, place = buffer._version, result.data_ptr()
+    _timing.evict("cpu")
+    assert result.item() == buffer.numel() == _timing.EVICT_BYTES["cpu"] // 4
+    assert (buffer._version, result.data_ptr()) == (written, place)
+
+
 class TestFailure:
     """How far off an output may be."""
 
