@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
     residual_block_kernel(DraftHeadsParams p, int layer, Rows<typename Tile::X> x, Next* next) {
   using W = typename Tile::W;
   auto& s = shared_memory<typename Tile::Shared>();
-  const int feature = blockIdx.x * Tile::kFeatures, row = blockIdx.y * Tile::kRows, head = blockIdx.z;
+  // Row tiles of the same features stand side by side, so that the second to read their weight finds it in L2.
+  const int row = blockIdx.x * Tile::kRows, feature = blockIdx.y * Tile::kFeatures, head = blockIdx.z;
   const int64_t matrix = static_cast<int64_t>(head) * p.layers + layer;
   const int64_t size = p.hidden_size;
   const Weight<W> weight = {static_cast<const W*>(p.block_weight) + matrix * size * size, p.hidden_size, p.hidden_size};
@@ -189,8 +190,8 @@ Layout layout(const DraftHeadsParams& p) {
 
 template <class Tile, class Next>
 int launch_block(const DraftHeadsParams& p, int layer, const Rows<typename Tile::X>& x, Next* next, uintptr_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.hidden_size, Tile::kFeatures)),
-                  static_cast<unsigned>(ceil_div(p.batch, Tile::kRows)), p.heads);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.batch, Tile::kRows)),
+                  static_cast<unsigned>(ceil_div(p.hidden_size, Tile::kFeatures)), p.heads);
   return launch(residual_block_kernel<Tile, Next>, grid, kFewRowsThreads, sizeof(typename Tile::Shared), stream, p,
                 layer, x, next);
 }

@@ -8,9 +8,10 @@ namespace {
 
 template <class Tile, class Out>
 __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
-    linear_kernel(LinearParams p, Weight<typename Tile::W> weight, Rows<typename Tile::X> x) {
+    linear_kernel(LinearParams p, Weight<typename Tile::W> weight, Rows<typename Tile::X> x, int row_tiles) {
   auto& s = shared_memory<typename Tile::Shared>();
-  const int feature = blockIdx.x * Tile::kFeatures, row = blockIdx.y * Tile::kRows;
+  // Row tiles of the same features stand side by side, so that the second to read their weight finds it in L2.
+  const int feature = blockIdx.x / row_tiles * Tile::kFeatures, row = blockIdx.x % row_tiles * Tile::kRows;
   Tile::multiply(weight, feature, x, row, s);
   for (int i = threadIdx.x; i < Tile::kFeatures * Tile::kRows; i += kFewRowsThreads) {
     const int f = feature + i % Tile::kFeatures, r = row + i / Tile::kFeatures;
@@ -28,9 +29,10 @@ int launch_tile(const LinearParams& p, uintptr_t stream) {
   using W = typename Tile::W;
   const Weight<W> weight = {static_cast<const W*>(p.weight), p.out_features, p.in_features};
   const Rows<X> x = {static_cast<const X*>(p.x), 0, p.x_row_stride, p.rows, p.rows};
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.out_features, Tile::kFeatures)),
-                  static_cast<unsigned>(ceil_div(p.rows, Tile::kRows)));
-  return launch(linear_kernel<Tile, X>, grid, kFewRowsThreads, sizeof(typename Tile::Shared), stream, p, weight, x);
+  const int row_tiles = static_cast<int>(ceil_div(p.rows, Tile::kRows));
+  const int64_t blocks = ceil_div(p.out_features, Tile::kFeatures) * row_tiles;
+  return launch(linear_kernel<Tile, X>, static_cast<unsigned>(blocks), kFewRowsThreads, sizeof(typename Tile::Shared),
+                stream, p, weight, x, row_tiles);
 }
 
 }  // namespace
