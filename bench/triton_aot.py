@@ -50,6 +50,8 @@ CASES = [
     ("draft_heads", "llama8b-shared", "bf16", {"heads": 5, "hidden": 4096, "vocab": 128256, "top_k": 10}),
     ("draft_heads", "smollm2-b16", "fp16",
      {"batch": 16, "heads": 4, "hidden": 576, "vocab": 49152, "top_k": 10}),
+    ("draft_heads", "two-blocks-b64", "bf16",
+     {"batch": 64, "heads": 3, "hidden": 2048, "vocab": 32000, "top_k": 10, "layers": 2, "own": True}),
     ("draft_heads", "fp32", "fp32", {"heads": 4, "hidden": 576, "vocab": 8192, "top_k": 10}),
     ("verify_tree", "mixed64", "bf16", {"n": 64, "vocab": 32000, "sampled": True}),
     ("verify_tree", "greedy64", "bf16", {"n": 64, "vocab": 128256}),
@@ -79,7 +81,8 @@ def arguments(op: str, dtype: torch.dtype, dims: dict) -> tuple:
         heads, hidden, vocab, top_k = (dims[name] for name in ("heads", "hidden", "vocab", "top_k"))
         lm_head = empty(*([heads] if dims.get("own") else []), vocab, hidden)
         outputs = integers(batch, heads, top_k), empty(batch, heads, top_k, dtype=torch.float32)
-        return empty(batch, hidden), empty(heads, 1, hidden, hidden), None, lm_head, None, top_k, *outputs
+        blocks = empty(heads, dims.get("layers", 1), hidden, hidden)
+        return empty(batch, hidden), blocks, None, lm_head, None, top_k, *outputs
     if op == "verify_tree":
         n, depth = dims["n"], 5
         kinds = (torch.int32, *[torch.float32] * 2, torch.int32, *[torch.float32] * 2, *[torch.int64] * 2)
@@ -137,20 +140,22 @@ def usage(kernel) -> dict:
     return {"registers": int(registers), "stack_bytes": int(stack), "shared_bytes": kernel.metadata.shared}
 
 
-def rows(targets: list[str], cases: list[tuple]) -> Iterator[dict]:
+def plans(targets: list[str], cases: list[tuple]) -> Iterator[tuple[dict, Call]]:
+    """Every launch of every case, and what its row says of it before it is compiled."""
     for target in targets:
-        plan = Target(PROCESSORS[target], hip=target.startswith("gfx"))
+        chip = Target(PROCESSORS[target], hip=target.startswith("gfx"))
         for op, case, dtype, dims in cases:
-            for call in import_module(f"medusa_kernels.triton.{op}").calls(plan, *arguments(op, DTYPES[dtype], dims)):
-                common = {"benchmark": "triton-aot", "op": op, "case": case, "dtype": dtype, "target": target}
-                yield {
-                    **common,
-                    "kernel": call.kernel.__name__,
-                    "warps": call.warps,
-                    "stages": call.stages,
-                    **usage(compiled(call, target)),
-                    "triton": triton.__version__,
-                }
+            for call in import_module(f"medusa_kernels.triton.{op}").calls(chip, *arguments(op, DTYPES[dtype], dims)):
+                constants = {name: value if isinstance(value, int) else str(value) for name, value in
+                             call.constants.items()}  # fmt: skip
+                row = {"benchmark": "triton-aot", "op": op, "case": case, "dtype": dtype, "target": target}
+                row |= {"kernel": call.kernel.__name__, "constants": constants}
+                yield row | {"warps": call.warps, "stages": call.stages}, call
+
+
+def rows(targets: list[str], cases: list[tuple]) -> Iterator[dict]:
+    for row, call in plans(targets, cases):
+        yield row | usage(compiled(call, row["target"])) | {"triton": triton.__version__}
 
 
 @click.command(help=__doc__.split("\n")[0])

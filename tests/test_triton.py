@@ -22,7 +22,8 @@ KERNELS = {
     for path in (ROOT / "medusa_kernels" / "triton").glob("*.py")
     for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
 }
-SHARED_BYTES = {"sm_90": 227 << 10, "gfx942": 64 << 10}  # that one program may have
+# That one program may have; for sm_80, which has 163 KB, those of its smaller kin sm_86 and sm_89.
+SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # What the kernels use of triton.language, each name seen in Triton 3.6.0: the oldest that is supported.
 OLDEST_LANGUAGE = {
     "arange", "cdiv", "ceil", "constexpr", "cumsum", "debug_barrier", "dot", "dtype", "exp", "exp2", "full", "load",
@@ -43,7 +44,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @needs_triton
-@pytest.mark.parametrize("target", SHARED_BYTES)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_kernel_compiles_without_spills(target):
     done = python("-m", "bench.triton_aot", "--targets", target, "--brief", "--json", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
@@ -53,6 +54,24 @@ def test_every_kernel_compiles_without_spills(target):
         assert row["stack_bytes"] == 0, row
         assert row["shared_bytes"] <= SHARED_BYTES[target], row
         assert row["registers"] > 0, row
+
+
+@needs_triton
+def test_recorded_plans_are_the_present_ones_and_fit_their_gpus():
+    """Every case, not only the brief ones; `make all-arch` records them anew."""
+    code = """
+import json
+from bench import triton_aot
+for row, _ in triton_aot.plans(list(triton_aot.PROCESSORS), triton_aot.CASES):
+    print(json.dumps(row))
+"""
+    done = python("-c", code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    plans = [json.loads(line) for line in done.stdout.splitlines()]
+    recorded = [json.loads(line) for line in (ROOT / "bench/results/triton-aot.jsonl").read_text().splitlines()]
+    assert [{field: row.get(field) for field in plan} for row, plan in zip(recorded, plans, strict=True)] == plans
+    for row in recorded:
+        assert row["shared_bytes"] <= SHARED_BYTES[row["target"]], row
 
 
 def test_kernels_use_nothing_that_the_oldest_triton_lacks():

@@ -12,6 +12,8 @@ from . import Call, Target, block, launcher
 from .keys import rank_key, rank_token, rank_value
 
 _CANDIDATES = 2048  # that the merging kernel looks at together
+_STAGES = 4  # all but one of them hold tiles of the products' factors
+_SHARED = 99 << 10  # bytes that one program may have on the smallest GPUs meant (sm_86, sm_89)
 _BELOW_ALL: tl.constexpr = tl.constexpr(-(2**63))
 
 
@@ -193,13 +195,12 @@ def calls(
 
     def tile(weight: Tensor, rows: int, features: int) -> dict:
         dot = target.dot_dtype(hidden, weight)
-        wide = target.wide(dot)
-        return {
-            "ROWS": block(rows, 16, 64 if wide else 16),
-            "FEATURES": features if wide else 32,
-            "INPUTS": 128 if wide else 32,
-            "DOT": dot,
-        }
+        if not target.wide(dot):
+            return {"ROWS": 16, "FEATURES": 32, "INPUTS": 32, "DOT": dot}
+        rows = block(rows, 16, 64)
+        input_bytes = 2 * features + 4 * rows  # behind the first block rows are fp32
+        inputs = 128 if (_STAGES - 1) * 128 * input_bytes <= _SHARED else 64
+        return {"ROWS": rows, "FEATURES": features, "INPUTS": inputs, "DOT": dot}
 
     x, strides = hidden, (0, hidden.stride(0))  # of heads and rows
     for layer in range(layers):
@@ -209,7 +210,7 @@ def calls(
         out = torch.empty(heads, batch, size, dtype=torch.float32, device=hidden.device)
         arguments = (x, block_weight, block_bias, out, *strides, batch, size, layers, layer, feature_tiles, row_tiles)
         grid = heads * feature_tiles * row_tiles
-        steps.append(Call(residual_block_kernel, grid, arguments, constants, stages=target.stages(4)))
+        steps.append(Call(residual_block_kernel, grid, arguments, constants, stages=target.stages(_STAGES)))
         x, strides = out, (batch * size, size)
 
     matrices = heads if lm_head_weight.dim() == 3 else 1
@@ -222,7 +223,7 @@ def calls(
     stats = torch.empty(heads * batch, slices, 2, dtype=torch.float32, device=hidden.device)
     arguments = (x, lm_head_weight, candidates, stats, *strides, batch, size, vocab, matrix_rows, row_tiles, slices)
     grid = matrices * slices * row_tiles
-    steps.append(Call(lm_head_kernel, grid, arguments, {"KEPT": kept, **constants}, stages=target.stages(4)))
+    steps.append(Call(lm_head_kernel, grid, arguments, {"KEPT": kept, **constants}, stages=target.stages(_STAGES)))
 
     count = slices * kept
     arguments = (candidates, stats, token_map, draft_tokens, logprobs, batch, heads, slices, count, top_k)
