@@ -63,13 +63,15 @@ all-arch: $(VENV)/.installed-test
 	MEDUSA_CUDA=on MEDUSA_CUDA_ARCHS="80;86;89;90;100;120" $(BIN)/python -m pip install --quiet --editable .
 
 # Everything that needs a GPU, in one call of less than ten minutes, with the Python and the packages that are there:
-# nothing is fetched, and only the GPU at hand is compiled for. Options: make gpu GPU="--only quick,kernels"
+# nothing is fetched, and only the GPU at hand is compiled for. What the build cannot give is measured without it.
+# Options: make gpu GPU="--only kernels,decoding"; `python -m bench.gpu --help` names the parts.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu: export PATH := $(PATH):/usr/local/cuda/bin
+gpu: export PYTHONPATH := .:python
 gpu:
-	if archs=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader); then \
-	  MEDUSA_CUDA=on MEDUSA_CUDA_ARCHS="$$(echo "$$archs" | sort -u | tr -d . | paste -sd ';')" \
-	  $(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .; fi
-	PYTHONPATH=.:python $(GPU_PYTHON) -m bench.gpu $(GPU)
+	began=$$(date +%s); \
+	$(GPU_PYTHON) -m bench.gpu.build || echo "going on with what was built before, or without it"; \
+	$(GPU_PYTHON) -m bench.gpu --began $$began $(GPU)
 
 clean:
 	rm -rf build $(VENV) medusa_kernels/_C*.so

@@ -17,6 +17,7 @@ from bench import _timing, ops
 from bench.gpu import (
     __main__,
     attention_rivals,
+    build,
     checks,
     compiled,
     decoding,
@@ -73,7 +74,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 def test_phases_run_in_processes_of_their_own_and_their_rows_end_in_the_table(tmp_path, monkeypatch):
     """The parent believes in a GPU; the phase chosen needs none to skip itself."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU 1")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 1")
     monkeypatch.chdir(__main__.ROOT)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((".", "python")))
     options = ["--only", "model,quick", "--out", str(tmp_path), "--commit", "abc", "--model", str(tmp_path / "none")]
@@ -170,6 +171,38 @@ class TestHarness:
         given = worker.arguments(options, "quick", tmp_path / "progress", 3)
         assert worker.main(given) == 0
         assert seen == [harness.Options(options.rows, tmp_path, options.deadline, commit="abc")]
+
+
+class TestBuild:
+    @staticmethod
+    def way(name, code):
+        return build.Way(name, [sys.executable, "-c", code], __main__.ROOT)
+
+    def test_the_first_way_that_works_is_taken_and_the_others_say_why_they_did_not(self, capsys):
+        ways = [self.way("a", "import sys; sys.exit('externally managed')"), self.way("b", ""), self.way("c", "1/0")]
+        assert build.built(ways, os.environ) == "b"
+        assert capsys.readouterr().out == "the build by a failed:\nexternally managed\n"
+
+    def test_a_way_that_hangs_is_ended(self, capsys):
+        assert build.built([self.way("a", "import time; time.sleep(60)")], os.environ, seconds=0.5) == ""
+        assert "killed after 0 s" in capsys.readouterr().out
+
+    def test_the_second_way_reads_no_pyproject_and_puts_the_module_where_the_first_does(self, tmp_path):
+        _, (_, command, folder) = build.ways(tmp_path)
+        assert folder == tmp_path
+        assert command[1] == str(__main__.ROOT / "setup.py")
+        assert command[-1] == str(__main__.ROOT)
+
+    def test_a_failed_build_is_said(self, monkeypatch, capsys):
+        monkeypatch.setattr(build, "architectures", lambda: ["90"])
+        monkeypatch.setattr(build, "built", lambda ways, env: "")
+        assert build.main() == 1
+        assert "the CUDA kernels could not be built" in capsys.readouterr().out
+
+    def test_without_a_gpu_nothing_is_built(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert build.main() == 0
+        assert capsys.readouterr().out == "nvidia-smi names no GPU: nothing is built\n"
 
 
 class TestReplay:

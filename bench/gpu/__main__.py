@@ -23,14 +23,15 @@ RESULTS, LOGS = ROOT / "bench" / "results", ROOT / "build" / "gpu"
 
 
 @click.command()
-@click.option("--budget", default=480, show_default=True, help="Seconds for everything.")
+@click.option("--budget", default=560, show_default=True, help="Seconds for everything, what came since --began too.")
+@click.option("--began", type=float, help="When that time began, in seconds since 1970. Default: now.")
 @click.option("--only", default=",".join(PHASES), show_default=True, help="Phases to run, in this order.")
 @click.option("--model", help="A model's folder, for decoding with real weights. Default: that part is skipped.")
 @click.option("--heads", help="The model's Medusa heads. Default: those shipped for SmolLM2-135M-Instruct.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False),
               help="Folder for the rows and logs. Default: $OUT if set, else bench/results and build/gpu.")  # fmt: skip
 @click.option("--commit", help="What the rows say was measured. Default: the checkout's commit.")
-def main(budget, only, model, heads, out, commit):
+def main(budget, began, only, model, heads, out, commit):
     """Checks, measures and compares everything that needs a GPU; prints a table last.
 
     Example: python -m bench.gpu --only quick,kernels --budget 200
@@ -41,7 +42,7 @@ def main(budget, only, model, heads, out, commit):
     if not torch.cuda.is_available():
         click.echo("no CUDA device here: the GPU's checks and benchmarks are skipped")
         return
-    end = time.time() + budget
+    end = (began or time.time()) + budget
     given = out or Path(os.environ.get("OUT", ""))
     out, logs = (RESULTS, LOGS) if given == Path() else (given, given)
     for folder in (out, logs):
