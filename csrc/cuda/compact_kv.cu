@@ -12,6 +12,8 @@ constexpr int kInFlight = 4;  // rows read before the first is written: hides la
 // Chunk: the access width, uint4 where everything is 16-byte aligned, else two bytes.
 template <class Chunk>
 __global__ void __launch_bounds__(kThreads) compact_kv_kernel(CompactKvParams p, int blocks_per_row) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int column = blockIdx.x % blocks_per_row * kThreads + threadIdx.x;
   if (column >= p.row_bytes / static_cast<int>(sizeof(Chunk))) return;
   const int b = blockIdx.x / blocks_per_row % p.batch;

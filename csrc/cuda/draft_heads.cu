@@ -28,6 +28,9 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
   const Weight<W> weight = {static_cast<const W*>(p.block_weight) + matrix * size * size, p.hidden_size, p.hidden_size};
   x.first += head * x.head_stride;
   x.count = p.batch;
+  prefetch_weight<Tile>(weight, feature);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Tile::multiply(weight, feature, x, row, s);
   for (int i = threadIdx.x; i < Tile::kFeatures * Tile::kRows; i += kFewRowsThreads) {
     const int f = feature + i % Tile::kFeatures, b = row + i / Tile::kFeatures;
@@ -120,6 +123,9 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
       p.hidden_size};
   x.first += matrix * x.head_stride;
   x.count = rows;
+  prefetch_weight<Tile>(weight, slice * kSlice);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Tile::multiply(weight, slice * kSlice, x, first_row, s.tile);
 
   for (int r = warp; r < Tile::kRows && first_row + r < rows; r += kFewRowsWarps) {

@@ -133,6 +133,16 @@ struct PlainTile {
   static __device__ __forceinline__ float result(const Shared& s, int feature, int row) { return s.sums[feature][row]; }
 };
 
+// Before wait_for_previous_kernel(): sets the block's memory to work on the first lines of its weight rows, one line a
+// thread, while the previous kernel ends. Correct even if that kernel writes the weight; see prefetch_l2.
+template <class Tile>
+__device__ __forceinline__ void prefetch_weight(const Weight<typename Tile::W>& weight, int feature) {
+  constexpr int kLines = kFewRowsThreads / Tile::kFeatures, kLine = 128 / sizeof(typename Tile::W);
+  const int row = feature + threadIdx.x / kLines, k = threadIdx.x % kLines * kLine;
+  if (row >= weight.out_features || k >= weight.in_features) return;
+  prefetch_l2(weight.first + static_cast<int64_t>(row) * weight.in_features + k);
+}
+
 template <class T>
 struct TypeName {
   using type = T;

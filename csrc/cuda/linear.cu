@@ -12,6 +12,9 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
   auto& s = shared_memory<typename Tile::Shared>();
   // Row tiles of the same features stand side by side, so that the second to read their weight finds it in L2.
   const int feature = blockIdx.x / row_tiles * Tile::kFeatures, row = blockIdx.x % row_tiles * Tile::kRows;
+  prefetch_weight<Tile>(weight, feature);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Tile::multiply(weight, feature, x, row, s);
   for (int i = threadIdx.x; i < Tile::kFeatures * Tile::kRows; i += kFewRowsThreads) {
     const int f = feature + i % Tile::kFeatures, r = row + i / Tile::kFeatures;

@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -44,7 +45,60 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   }
 }
 
+// ---- the order of kernels ----
+//
+// From sm_90 on a kernel's blocks may start while the kernel before it in the stream still runs (programmatic dependent
+// launch; a captured stream gives the graph programmatic edges). The invariant that makes this safe: every thread of
+// every kernel calls wait_for_previous_kernel() before it loads or stores any global memory and before it returns.
+//
+// That wait ends when the previous kernel has completed and all that it wrote is visible. The previous kernel cannot
+// have completed before each of its threads had waited for the one before it, and so on: when a wait ends, everything
+// earlier in the stream has ended. Kernels thus touch memory one after another, as they would without the overlap;
+// scratch and counters pass from launch to launch as before. What overlaps is the launch itself, a kernel's first
+// arithmetic, and prefetches into L2.
+
+// Waits for all earlier work of the stream. Nothing below sm_90, where launch() orders the kernels.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may start where there is room, once every block of this one has come here: none of this
+// kernel's blocks can be kept out by them. Stands right after the wait, so at most two kernels are under way at a time.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Asks for the line at `p` to be brought into L2. Allowed before the wait: it gives this kernel no value, and L2 is
+// where every write of the device arrives, so a write by the previous kernel changes the prefetched line too. Nothing
+// below sm_90, where there is no wait to make use of.
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 // ---- launch ----
+
+// Whether the code that the current device runs was compiled for sm_90 or later and so has the wait: a newer device may
+// run what was made from an older architecture's PTX. All kernels are compiled alike, so each device is asked once.
+inline bool kernels_wait(const void* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // 0: not asked yet; 1: no; 2: yes
+  int device = kDevices;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (!answer) {
+    cudaFuncAttributes code = {};
+    if (cudaFuncGetAttributes(&code, kernel) != cudaSuccess) return false;
+    answer = code.ptxVersion >= 90 ? 2 : 1;
+    known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer == 2;
+}
 
 // Enqueues kernel(args...) on `stream` and returns the cudaError_t. Shared memory beyond 48 KB is asked for here.
 template <class... Params, class... Args>
@@ -59,6 +113,13 @@ int launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  if (kernels_wait(reinterpret_cast<const void*>(kernel))) {
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 
@@ -103,11 +164,14 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 // ---- global loads ----
+//
+// Never the non-coherent kind (.nc), which is for what nobody writes during the kernel's lifetime: the previous kernel
+// may write it while this one already waits.
 
 // 16 bytes that nobody reads twice: kept out of L1.
 __device__ __forceinline__ uint4 load_streaming(const void* p) {
   uint4 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                : "l"(p));
   return r;
@@ -117,7 +181,7 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) {
 // compiler would sink a plain load to its use, and each warp would then wait for memory once per load.
 __device__ __forceinline__ uint4 load_cached(const void* p) {
   uint4 r;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
 

@@ -14,6 +14,8 @@ struct Shared {
 // N: elements per access. T: of x, residual and out. W: of weight.
 template <class T, class W, int N>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(RmsNormParams p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Shared& s = shared_memory<Shared>();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.x_row_stride;

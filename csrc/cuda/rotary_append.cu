@@ -58,6 +58,8 @@ __device__ void rotate_head(const RotaryAppendParams& p, const From* from, To* t
 // T: of q, k and v. C: of the caches.
 template <class T, class C, int N>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rotary_append_kernel(RotaryAppendParams p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   constexpr int kLanes = N == 1 ? 32 : 8;
   const int lane = threadIdx.x % kLanes;
   const int heads = p.heads + 2 * p.kv_heads;

@@ -9,6 +9,8 @@ constexpr int kThreads = 256;
 
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) silu_mul_kernel(SiluMulParams p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (i >= static_cast<int64_t>(p.rows) * p.ffn) return;
   const T* gate_at = static_cast<const T*>(p.gate_up) + i / p.ffn * p.row_stride + i % p.ffn;

@@ -64,6 +64,8 @@ __device__ __forceinline__ uint64_t visible_keys(const uint64_t* mask_row, int w
 template <class T, int Dim>
 __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
     tree_attention_kernel(TreeAttentionParams p, Partials partials, uint32_t* arrived, int row_tiles, int splits) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   using S = Shape<T, Dim>;
   constexpr int kKeys = S::kKeys, kStages = S::kStages, kChunks = S::kChunks;
   typename S::Shared& s = shared_memory<typename S::Shared>();

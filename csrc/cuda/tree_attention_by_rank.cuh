@@ -24,6 +24,8 @@ struct Shared {
 // one key a lane for the scores, then one column in 32 a lane for the values.
 template <class T, class C, int N>
 __global__ void __launch_bounds__(kThreads) tree_attention_kernel(TreeAttentionParams p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Shared& s = shared_memory<Shared>();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head = blockIdx.x % p.heads;

@@ -54,6 +54,9 @@ __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
   // Row tiles of one slice stand side by side, so that the second to read it finds it in L2.
   const int first_row = blockIdx.x * Tile::kRows, slice = blockIdx.y, lane = threadIdx.x % 32;
   const int rows = min(Tile::kRows, x.count - first_row);
+  prefetch_weight<Tile>(weight, slice * kSliceIds);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   multiply_slice<Tile>(weight, slice, x, first_row, s);
   for (int r = threadIdx.x / 32; r < rows; r += kFewRowsWarps) {
     const int b = (first_row + r) / tree.n;
@@ -87,6 +90,8 @@ template <class Tile>
 __global__ void __launch_bounds__(kFewRowsThreads, kFewRowsBlocksPerSm)
     decide_kernel(VerifyLmHeadParams p, Weight<typename Tile::W> weight, Rows<typename Tile::X> x, Partials partials,
                   Said all_said, uint32_t* arrived) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   auto& s = shared_memory<DecideShared<Tile>>();
   const VerifyTreeParams& tree = p.tree;
   const int row = blockIdx.x, b = row / tree.n, node = row % tree.n, warp = threadIdx.x / 32;

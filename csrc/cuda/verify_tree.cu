@@ -21,6 +21,8 @@ int slices_of(const VerifyTreeParams& p) { return p.mode ? static_cast<int>(ceil
 template <class T, int N>
 __global__ void __launch_bounds__(kRowThreads)
     verify_tree_kernel(VerifyTreeParams p, Slice* all_slices, int slice_count, Said all_said, uint32_t* arrived) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   Shared& s = shared_memory<Shared>();
   const int b = blockIdx.x / p.n, node = blockIdx.x % p.n, warp = threadIdx.x / 32;
   const VerifyMode mode = mode_of(p, b);

@@ -24,7 +24,7 @@ struct Copy {
 struct Thread {
   dim3 index;
   State state;
-  bool started;
+  bool started, waited;
   jmp_buf where;
   WarpWork work;
   void* data;
@@ -50,6 +50,7 @@ void to_scheduler() {
 void fiber_main() {
   try {
     (*thread_body)();
+    require_previous_kernel();
   } catch (const std::exception& error) {
     failure = error.what();
   }
@@ -130,7 +131,14 @@ void warp_collective(WarpWork work, void* data) {
   for (int lane = 0; lane < kWarp; ++lane) warp[lane].state = State::ready;
 }
 
+void wait_for_previous_kernel() { threads[running].waited = true; }
+
+void require_previous_kernel() {
+  if (!threads[running].waited) throw std::runtime_error("emulation: a thread did not wait for the previous kernel");
+}
+
 void copy_later(void* to, const void* from, bool valid) {
+  require_previous_kernel();
   std::memset(to, 0xFF, 16);
   threads[running].copies.push_back({to, from, valid});
 }

@@ -2,7 +2,8 @@
 //
 // One fiber per CUDA thread, blocks one after another. It is stricter than a GPU where that finds faults: a barrier or
 // warp collective that not every thread reaches is an error; shared memory starts as NaN in every block and must not be
-// overrun; cp.async copies nothing before it is waited for, and until then its target reads as NaN.
+// overrun; cp.async copies nothing before it is waited for, and until then its target reads as NaN; every thread must
+// wait for the previous kernel, before the loads that can be seen here and before it ends.
 // MEDUSA_EMULATE_REVERSED runs threads and blocks in falling order, so that a missing barrier shows in one of the two
 // orders.
 #pragma once
@@ -55,6 +56,10 @@ void warp_collective(WarpWork work, void* data);
 void copy_later(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(size_t pending_groups);
+
+// The running thread has waited for the previous kernel; must have.
+void wait_for_previous_kernel();
+void require_previous_kernel();
 
 unsigned char* shared_memory();
 
@@ -202,6 +207,10 @@ int launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes
   return 0;
 }
 
+inline void wait_for_previous_kernel() { emu::wait_for_previous_kernel(); }
+inline void let_next_kernel_start() { emu::require_previous_kernel(); }
+inline void prefetch_l2(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }  // it must exist
+
 // Few, so that small cases still split their work over several blocks.
 inline int sm_count() { return 6; }
 
@@ -223,6 +232,7 @@ void cp_async_wait() {
 }
 
 inline uint4 load_streaming(const void* p) {
+  emu::require_previous_kernel();
   if (reinterpret_cast<uintptr_t>(p) % 16) throw std::runtime_error("emulation: unaligned 16-byte load");
   return *static_cast<const uint4*>(p);
 }
@@ -231,6 +241,7 @@ inline uint4 load_cached(const void* p) { return load_streaming(p); }
 
 template <class T>
 T load_l2(const T* p) {
+  emu::require_previous_kernel();
   return *p;
 }
 

@@ -42,6 +42,11 @@ def compiled(source: Path, arch: str) -> tuple[str, Path]:
     return report.read_text(), target
 
 
+def machine_code(source: Path, arch: str) -> str:
+    _, built = compiled(source, arch)
+    return subprocess.run([cuobjdump(), "-sass", str(built)], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH: nothing to compile the CUDA kernels with")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
@@ -72,6 +77,21 @@ def test_nothing_spills(source, arch):
     ids=lambda x: x.strip(),
 )
 def test_machine_code_has(op, instruction, arch):
-    _, built = compiled(ROOT / "csrc" / "cuda" / f"{op}.cu", arch)
-    code = subprocess.run([cuobjdump(), "-sass", str(built)], capture_output=True, text=True, check=True).stdout
-    assert instruction in code
+    assert instruction in machine_code(ROOT / "csrc" / "cuda" / f"{op}.cu", arch)
+
+
+@pytest.mark.skipif(NVCC is None or cuobjdump() is None, reason="needs nvcc and cuobjdump (in Triton's wheel)")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+def test_no_kernel_touches_memory_before_the_previous_one_has_ended(source):
+    """Neither as written nor as ptxas ordered it: prefetches alone may stand before the wait. See csrc/cuda/ptx.cuh."""
+    opcode = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)")
+    touches = re.compile(r"(LD|ST|ATOM|RED)(G|\.|$)|LDGSTS|EXIT")
+    kernels = machine_code(source, "90a").split("Function : ")[1:]
+    assert kernels
+    for kernel in kernels:
+        name, *lines = kernel.splitlines()
+        opcodes = [m[1] for m in map(opcode.match, lines) if m]
+        wait = opcodes.index("ACQBULK")
+        assert not [o for o in opcodes[:wait] if touches.match(o)], (name, opcodes[:wait])
+        assert opcodes.index("PREEXIT") > wait, name
+        assert not [o for o in opcodes if "CONSTANT" in o], f"{name}: a load that the previous kernel's writes may miss"
