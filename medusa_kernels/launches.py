@@ -12,11 +12,12 @@ from ._backends import NAMES, Lazy, Native, Plan, resolve
 from .compact_kv import BACKENDS as compact_kv
 from .draft_heads import BACKENDS as draft_heads
 from .linear import BACKENDS as linear
+from .linear import resolve_row_invariant as row_invariant_linear
 from .rms_norm import BACKENDS as rms_norm
 from .rotary_append import BACKENDS as rotary_append
 from .silu_mul import BACKENDS as silu_mul
 from .tree_attention import BACKENDS as tree_attention
-from .tree_attention import resolve_row_invariant
+from .tree_attention import resolve_row_invariant as row_invariant_attention
 from .verify_lm_head import BACKENDS as verify_lm_head
 from .verify_tree import BACKENDS as verify_tree
 
@@ -39,7 +40,7 @@ def resolve_all(backend: str, device: torch.device, *, row_invariant: bool = Fal
 
     A launch takes checked tensors and allocated outputs, in the order of `reference/<op>.py`. With `row_invariant` no
     row's result depends on the rows beside it, down to the last bit: on the CPU they never do, and in CUDA attention
-    alone must be asked for it.
+    and the linear layers alone must be asked for it.
 
     Raises:
         ValueError: the backend is unknown, or not available for an op it has.
@@ -51,7 +52,8 @@ def resolve_all(backend: str, device: torch.device, *, row_invariant: bool = Fal
         for op, backends in _BACKENDS.items()
     }
     if row_invariant:
-        found["tree_attention"] = resolve_row_invariant(backend, device)
+        found["tree_attention"] = row_invariant_attention(backend, device)
+        found["linear"] = row_invariant_linear(backend, device)
     return found
 
 

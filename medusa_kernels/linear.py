@@ -1,7 +1,10 @@
-"""linear for few rows, and the packing of its weights."""
+"""linear, made for few rows, and the packing of its weights."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +44,72 @@ def check_weight(name: str, weight: Tensor | PackedLinear, shape: tuple[int | No
         _check.dense_rows(name, weight, weight.dim())
 
 
+# Up to so many rows our CUDA kernel multiplies, beyond them PyTorch's product: the kernel reads x anew for every 16
+# features, from here on more than it reads of the weight. Reckoned, not measured: it awaits both at 16, 32 and 64 rows.
+FEW_ROWS = 16
+_HALF_SUMS = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+
+
+class CudaLinear(Native):
+    """Our kernel for few rows, PyTorch's product for many.
+
+    PyTorch multiplies what is of one 16-bit dtype. In fp32 it may have been told to use TF32, and mixed dtypes it would
+    have to convert: these stay with our kernel whatever the rows.
+    """
+
+    def bind(self, x, weight, bias, residual, out) -> Callable[[], None]:
+        one_dtype = all(t is None or t.dtype == x.dtype for t in (weight, bias))
+        if len(x) <= FEW_ROWS or x.dtype not in _HALF_SUMS or not one_dtype:
+            return super().bind(x, weight, bias, residual, out)
+        call = functools.partial(multiply, x, weight, bias, residual, out)
+        call.launch = self
+        return call
+
+
+@torch.no_grad()
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, out: Tensor) -> None:
+    """linear's launch by PyTorch's product, for 16-bit tensors of one dtype. Its result is rounded once, and once more
+    where there are both a bias and a residual, which may be `out` itself.
+    """
+    added = bias if residual is None else residual
+    with _fp32_sums(x.dtype):
+        if added is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(added, x, weight.t(), out=out)
+    if added is not bias and bias is not None:
+        out.add_(bias)
+
+
+@contextlib.contextmanager
+def _fp32_sums(dtype: torch.dtype) -> Iterator[None]:
+    """PyTorch's default lets cuBLAS add up the parts of a split sum in 16 bits."""
+    flags, name = torch.backends.cuda.matmul, _HALF_SUMS[dtype]
+    if not getattr(flags, name):
+        yield
+        return
+    setattr(flags, name, False)
+    try:
+        yield
+    finally:
+        setattr(flags, name, True)
+
+
 BACKENDS = {
     "reference": reference.launch,
     "cpu": Native("cpu", "linear", arguments),
-    "cuda": Native("cuda", "linear", arguments),
+    "cuda": CudaLinear("cuda", "linear", arguments),
 }
+# Those whose sums have one order, which in_features alone decides.
+ROW_INVARIANT = {"cpu": BACKENDS["cpu"], "cuda": Native("cuda", "linear", arguments)}
+
+
+def resolve_row_invariant(backend: str, device: torch.device) -> Callable[..., None]:
+    """The launch of `ROW_INVARIANT`. Raises ValueError where there is none."""
+    return resolve("row-invariant linear", ROW_INVARIANT, device.type if backend == "auto" else backend, device)
 
 
 def pack_linear(weight: Tensor, dtype: str = "bfloat16") -> PackedLinear:
@@ -78,17 +142,19 @@ def linear(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    row_invariant: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """x @ weight.T + bias + residual, summed in fp32.
-
-    On the CPU a row's result does not depend on the rows beside it: its sum over in_features has one order.
 
     Args:
         x: (rows, in_features) fp32, bf16 or fp16.
         weight: (out_features, in_features), or that packed by `pack_linear` (CPU).
         bias: (out_features,) or None.
         residual: (rows, out_features) of x's dtype, or None.
+        row_invariant: a row's bits do not depend on the rows beside it: its sum over in_features has one order. So it
+            always is on the CPU; CUDA then does without PyTorch's product, which is faster for many rows. The reference
+            cannot.
         backend: "auto", "reference", "cpu" or "cuda".
 
     Returns:
@@ -98,11 +164,11 @@ def linear(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     if torch.compiler.is_compiling() and isinstance(weight, Tensor):
-        return torch.ops.medusa_kernels.linear(x, weight, bias, residual, backend)
-    return _checked(x, weight, bias, residual, backend)
+        return torch.ops.medusa_kernels.linear(x, weight, bias, residual, row_invariant, backend)
+    return _checked(x, weight, bias, residual, row_invariant, backend)
 
 
-def _checked(x, weight, bias, residual, backend):
+def _checked(x, weight, bias, residual, row_invariant, backend):
     _check.tensor("x", x, shape=(None, None), dtype=_check.FLOATS)
     rows, width = x.shape
     _check.in_range("x's number of rows", rows, 1, 2**31 - 1)
@@ -124,17 +190,22 @@ def _checked(x, weight, bias, residual, backend):
         residual = residual.contiguous()
     if x.stride(-1) != 1:
         x = x.contiguous()
-    launch = resolve("linear", BACKENDS, backend, x.device)
+    if row_invariant:
+        launch = resolve_row_invariant(backend, x.device)
+    else:
+        launch = resolve("linear", BACKENDS, backend, x.device)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     launch(x, weight, bias, residual, out)
     return out
 
 
 @torch.library.custom_op("medusa_kernels::linear", mutates_args=())
-def _op(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, backend: str) -> Tensor:
-    return _checked(x, weight, bias, residual, backend)
+def _op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, row_invariant: bool, backend: str
+) -> Tensor:
+    return _checked(x, weight, bias, residual, row_invariant, backend)
 
 
 @_op.register_fake
-def _fake(x, weight, bias, residual, backend):
+def _fake(x, weight, bias, residual, row_invariant, backend):
     return x.new_empty(x.shape[0], weight.shape[0])

@@ -20,16 +20,16 @@ CUDA = [pytest.param(b, id=b.id) for b in backends_for("tree_attention") if b.do
 pytestmark = pytest.mark.parametrize("backend", CUDA, indirect=True)
 
 
-def attend(backend: Backend, q, k, v, lengths, mask, *, monkeypatch) -> torch.Tensor:
-    """Row-invariant tree_attention, or what runs its kernel on the CPU."""
+def row_invariant(backend: Backend, op: str, *tensors, monkeypatch) -> torch.Tensor:
+    """The op's front door, asked for row invariance, or what runs its kernel on the CPU."""
     options = {"row_invariant": True, "backend": "cuda"}
     if backend.launches is not None:
         launch = importlib.import_module("tests.emulation.launches").launch
-        table = importlib.import_module("medusa_kernels.tree_attention").ROW_INVARIANT
-        monkeypatch.setitem(table, "cpu", functools.partial(launch, "tree_attention", row_invariant=True))
+        table = importlib.import_module(f"medusa_kernels.{op}").ROW_INVARIANT
+        asked = {"row_invariant": True} if op == "tree_attention" else {}
+        monkeypatch.setitem(table, "cpu", functools.partial(launch, op, **asked))
         options["backend"] = "cpu"
-    tensors = (t.to(backend.device) for t in (q, k, v, lengths, mask))
-    return medusa_kernels.tree_attention(*tensors, **options).cpu()
+    return getattr(medusa_kernels, op)(*(t.to(backend.device) for t in tensors), **options).cpu()
 
 
 CASES = [
@@ -44,7 +44,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_tree_node_attends_as_plain_decoding(backend, case, monkeypatch):
     (q, k, v, lengths, mask), visible = inputs(case)
-    run = functools.partial(attend, backend, monkeypatch=monkeypatch)
+    run = functools.partial(row_invariant, backend, "tree_attention", monkeypatch=monkeypatch)
     whole = run(q, k, v, lengths, mask)
     exact, plain = (oracles.tree_attention(q, k, v, lengths, visible, None, t) for t in (torch.float64, case.dtype))
     assert_close(whole, exact, plain)
@@ -58,20 +58,22 @@ def test_a_tree_node_attends_as_plain_decoding(backend, case, monkeypatch):
 
 def test_the_rows_of_a_batch_stand_alone(backend, monkeypatch):
     (q, k, v, lengths, mask), _ = inputs(Case(batch=3, own_masks=True, dtype=BF16, prefix=90))
-    run = functools.partial(attend, backend, monkeypatch=monkeypatch)
+    run = functools.partial(row_invariant, backend, "tree_attention", monkeypatch=monkeypatch)
     together = run(q, k, v, lengths, mask)
     for b in range(3):
         assert torch.equal(run(*(t[b : b + 1] for t in (q, k, v, lengths, mask))), together[b : b + 1])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=SHORT.get)
-def test_a_linear_row_stands_alone(backend, dtype):
+def test_a_linear_row_stands_alone(backend, dtype, monkeypatch):
     g = cases.generator("linear rows")
     x, weight = cases.normal((65, 136), dtype, g), cases.normal((48, 136), dtype, g)
-    whole = backend.run("linear", x, weight)
+    run = functools.partial(row_invariant, backend, "linear", monkeypatch=monkeypatch)
+    whole = run(x, weight)
     for count in (1, 3, 8, 9, 16, 17, 32, 33, 64):
-        assert torch.equal(backend.run("linear", x[:count], weight), whole[:count])
-    assert torch.equal(backend.run("linear", x[40:41], weight), whole[40:41])
+        assert torch.equal(run(x[:count], weight), whole[:count])
+    assert torch.equal(run(x[40:41], weight), whole[40:41])
+    assert torch.equal(backend.run("linear", x[:16], weight), whole[:16])  # few rows are so without being asked
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=SHORT.get)

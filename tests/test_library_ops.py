@@ -61,7 +61,7 @@ def op_arguments(op: str, backend: str) -> tuple:
         "draft_heads": (kwargs.get("token_map"),),
         "rms_norm": (kwargs.get("residual"),),
         "rotary_append": (None, None, 1e-6),
-        "linear": (kwargs.get("bias"), kwargs.get("residual")),
+        "linear": (kwargs.get("bias"), kwargs.get("residual"), False),
     }.get(op, ())
     return (*args, *tail, backend)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from medusa_kernels import pack_linear
+from medusa_kernels import _backends, launches, pack_linear
 from medusa_kernels.linear import PACKED_DTYPES
 
 from . import cases, oracles
@@ -16,6 +19,7 @@ from .cases import BF16, F16, F32, SHORT
 from .tolerances import INT8_RELATIVE_NORM, assert_close
 
 OP = "linear"
+linear_room = importlib.import_module("medusa_kernels.linear")  # the package's own `linear` is the front door
 CPU = [pytest.param(b, id=b.id) for b in backends_for(OP) if b.door == "cpu"]
 on_cpu = pytest.mark.parametrize("backend", CPU, indirect=True) if CPU else None
 
@@ -53,6 +57,11 @@ CASES = [
     *(Case(outputs=o, bias=F32) for o in (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 65, 127, 1001)),
     *(Case(dtype=d, weight=w) for d in (F32, BF16, F16) for w in (F32, BF16, F16)),
     *(Case(dtype=d, weight=d, bias=b, residual=True) for d in (BF16, F16) for b in (F32, BF16, F16)),
+    *(
+        Case(rows=r, dtype=d, weight=d, bias=b, residual=residual)  # in CUDA another product from 17 on
+        for r, d in ((16, BF16), (17, BF16), (64, F16))
+        for b, residual in ((None, False), (d, False), (None, True), (d, True), (F32, True))
+    ),
     *(Case(dtype=d, layout=layout, bias=F32, residual=True) for layout in ("gaps", "transposed") for d in (F32, BF16)),
 ]
 
@@ -80,6 +89,102 @@ def compare(actual, case, x, weight, bias, residual):
 def test_against_float64(backend, case):
     x, weight, bias, residual = inputs(case)
     compare(backend.run(OP, x, weight, bias, residual=residual), case, x, weight, bias, residual)
+
+
+HALF = [
+    Case(rows=r, dtype=d, weight=d, bias=bias and d, residual=residual, inputs=i, outputs=o)
+    for d in (BF16, F16)
+    for r, i, o in ((17, 64, 48), (64, 577, 33), (65, 7, 1))
+    for bias, residual in ((False, False), (True, False), (False, True), (True, True))
+]
+
+
+@pytest.mark.parametrize("aliased", [False, True])
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_pytorch_s_product_against_float64(case, aliased):
+    """What CUDA does with many rows; its residual may be the output."""
+    x, weight, bias, residual = inputs(case)
+    out = residual.clone() if aliased and residual is not None else torch.full((case.rows, case.outputs), torch.nan)
+    out = out.to(case.dtype)
+    linear_room.multiply(x, weight, bias, out if aliased and residual is not None else residual, out)
+    compare(out, case, x, weight, bias, residual)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_pytorch_s_product_makes_no_tensor(bias, residual):
+    """Nothing that is written is new, and the residual that is `out` is read where it lies."""
+    case = Case(rows=17, dtype=BF16, weight=BF16, bias=BF16 if bias else None, residual=residual)
+    x, weight, bias, residual = (t if t is None else t.requires_grad_() for t in inputs(case))
+    out = torch.zeros(17, case.outputs, dtype=BF16) if residual is None else residual.detach()
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            seen.append((func.overloadpacket.__name__, result.data_ptr()))
+            return result
+
+    with Watch():
+        linear_room.multiply(x, weight, bias, None if residual is None else out, out)
+    product = "mm" if bias is None and residual is None else "addmm"
+    expected = [("t", weight.data_ptr()), (product, out.data_ptr())]
+    assert seen == expected + [("add_", out.data_ptr())] * (bias is not None and residual is not None)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=SHORT.get)
+def test_pytorch_s_product_sums_in_fp32(dtype, monkeypatch):
+    """Whatever PyTorch's flags say, which stay as they were."""
+    flags, name = torch.backends.cuda.matmul, linear_room._HALF_SUMS[dtype]
+    during = []
+    monkeypatch.setattr(torch, "mm", lambda x, weight, *, out: during.append(getattr(flags, name)))
+    before = getattr(flags, name)
+    x = torch.zeros(17, 8, dtype=dtype)
+    try:
+        for allowed in (True, False):
+            setattr(flags, name, allowed)
+            linear_room.multiply(x, x, None, None, torch.empty(17, 17, dtype=dtype))
+            assert getattr(flags, name) == allowed
+    finally:
+        setattr(flags, name, before)
+    assert during == [False, False]
+
+
+MANY = linear_room.FEW_ROWS + 1
+
+
+@pytest.mark.parametrize(
+    ("case", "ours"),
+    [
+        (Case(rows=MANY - 1, dtype=BF16, weight=BF16), True),
+        (Case(rows=MANY, dtype=BF16, weight=BF16, bias=BF16), False),
+        (Case(rows=MANY, dtype=F16, weight=F16, residual=True), False),
+        (Case(rows=MANY, dtype=BF16, weight=BF16, bias=F32), True),
+        (Case(rows=MANY, dtype=BF16, weight=F16), True),
+        (Case(rows=MANY), True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("row_invariant", [False, True])
+def test_cuda_chooses_by_rows_and_dtype(case, ours, row_invariant, monkeypatch):
+    """At the binding, which a captured step and the front door share."""
+    device, launched = torch.device("cuda", 0), []
+    monkeypatch.setattr(_backends, "cuda_unavailable", lambda: "")
+    monkeypatch.setattr(_backends.Native, "unavailable", lambda self: "")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=5))
+    launch = launches.resolve_all("auto", device, row_invariant=row_invariant)["linear"]
+    assert launches.capturable(launch)
+    monkeypatch.setattr(launch, "function", lambda *arguments: launched.append(arguments[-1]), raising=False)
+    x, weight, bias, residual = inputs(case)
+    out = torch.full((case.rows, case.outputs), torch.nan, dtype=case.dtype)
+    call = launches.bind(launch, x, weight, bias, residual, out)
+    assert call.launch is launch
+    for values in (x, x.neg()):
+        x = x.copy_(values)
+        call()
+        if not (ours or row_invariant):
+            compare(out, case, x, weight, bias, residual)
+    assert launched == [5, 5] * (ours or row_invariant)
 
 
 if CPU:

@@ -1,18 +1,32 @@
 """The model's logits and greedy tokens against transformers', in fp32, for every family and kind of RoPE."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
 from torch import Tensor
 
 from medusa_engine import Medusa
+from medusa_engine import prefill as prefill_room
 from medusa_engine.decode import Decoder
 from medusa_engine.errors import CheckpointError
 from medusa_engine.model import Forward
 from medusa_engine.prefill import PREFILL_CHUNK
 from medusa_kernels import Tree
-from tests.engine.models import FOLDER, PROMPTS, continuation, random_folder, random_model, save_model, whole_logits
+from medusa_kernels._backends import Native
+from medusa_kernels.linear import BACKENDS as LINEAR
+from medusa_kernels.linear import FEW_ROWS
+from tests.engine.models import (
+    FOLDER,
+    PROMPTS,
+    continuation,
+    counting_folder,
+    counting_heads_folder,
+    random_folder,
+    random_model,
+    save_model,
+    whole_logits,
+)
 
 BACKENDS = ["reference", "cpu"]
 # The issue's bound: of the error, relative to the largest logit of the same row.
@@ -171,6 +185,51 @@ def test_prefill_in_chunks_equals_one_shot(rope, max_seqlen, backend):
                 assert torch.equal(chunked, one_shot)
             assert relative_error(chunked, one_shot) <= RELATIVE
         assert engine.generate(prompt, 1, medusa=False).token_ids == [int(theirs[-1].argmax())]
+
+
+def test_prefill_is_the_same_with_guesses_and_without(monkeypatch):
+    """The same chunks by the same launches, so both decode from the same bits, on a GPU too."""
+    engine = Medusa.from_pretrained(counting_folder(), counting_heads_folder(4), dtype="float32", tree="4x2x2")
+    prompt, seen = [1 + i % 20 for i in range(PREFILL_CHUNK + 5)], []
+
+    class Watched(Forward):
+        def __init__(self, model, cache, n, *layout, **options):
+            seen.append((model.launch, cache.batch, n))
+            super().__init__(model, cache, n, *layout, **options)
+
+    monkeypatch.setattr(prefill_room, "Forward", Watched)
+    begun = []
+    for medusa in (False, True):
+        decoder = engine._take_steps(1, 100, medusa).decoder
+        begun.append((decoder.start([prompt], None), decoder.cache.data[:, :, :, : len(prompt)], decoder.root_hidden))
+    assert seen == 2 * [(engine.model.launch, 1, n) for n in (PREFILL_CHUNK, 5)]
+    assert begun[0][0] == begun[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(begun[0][1:], begun[1][1:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biased"])
+def test_many_rows_as_on_a_gpu(name, monkeypatch):
+    """A prompt's chunks in bf16 through CUDA's choice of product, the residual being the output, against fp32."""
+    model, folder = model_with(name)
+    engine = Medusa.from_pretrained(folder, dtype="bfloat16", backend="reference")
+    engine.model.activation_dtype = torch.bfloat16
+    prompt = some_prompt(PREFILL_CHUNK + FEW_ROWS + 1)
+    reference, launch = prompt_logits(engine, prompt), LINEAR["cuda"]
+    few = []
+
+    def bound(self: Native, *tensors):
+        few.append(tensors)
+        return partial(LINEAR["reference"], *tensors)
+
+    monkeypatch.setattr(Native, "bind", bound)
+    engine.model.launch["linear"] = launch
+    by_product = prompt_logits(engine, prompt)
+    assert not few
+    exact = whole_logits(model, prompt)
+    rounding, error = (((logits - exact).norm() / exact.norm()).item() for logits in (reference, by_product))
+    assert error <= 1.2 * rounding < 0.1
+    decoded_logits(engine, prompt, 3)
+    assert {len(x) for x, *_ in few} == {1}
 
 
 def test_dynamic_rope_forgets_the_last_prompt():
