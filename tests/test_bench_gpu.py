@@ -94,6 +94,24 @@ def test_an_unknown_phase_is_a_usage_error():
     assert "no phase 'nothing'; there are quick" in result.output
 
 
+def test_groups_are_calls_in_which_every_phase_gets_its_time():
+    assert sorted(name for group in phases.GROUPS.values() for name in group) == sorted(phases.PHASES)
+    for group in phases.GROUPS.values():
+        assert sum(phases.PHASES[name].seconds for name in group) <= phases.BUDGET - phases.BUILD
+    assert phases.BUDGET + harness.GRACE < 600
+    assert phases.named("proof,quick,tests") == ["tests", "sanitizers", "quick"]
+
+
+def test_what_the_aims_are_stated_in_comes_first(options):
+    names = [case.name for case in kernels.cases(options)]
+    assert names[:3] == ["ceilings", "attention h32x32 n64 b1 prefix8192", "attention h32x8 n64 b1 prefix8192"]
+    for start in ("attention h32x8 n16 b8 prefix32768", "draft_heads", "verify_tree lossless n64 v128256", "compact_kv",
+                  "linear vicuna-7b qkv r16"):  # fmt: skip
+        assert any(name.startswith(start) for name in names), start
+    every = names[1:] + [case.name for case in kernels.more_cases(options)]
+    assert sorted(every) == sorted(name for _, name, *_ in kernels.SHAPES)
+
+
 @pytest.mark.parametrize("phase", phases.PHASES)
 def test_cases_have_names_of_their_own(phase, options):
     names = [case.name for case in phases.PHASES[phase].cases(options)]
@@ -102,7 +120,7 @@ def test_cases_have_names_of_their_own(phase, options):
 
 
 def test_compiled_rivals_cover_the_grid_the_widest_first(options):
-    names = [case.name for case in kernels.cases(options)]
+    names = [name for _, name, *_ in kernels.SHAPES]
     listed = [case.name for case in kernels.rival_cases(options)]
     assert set(listed) == {name for name in names if "attention" in name and " n1 " not in name}
     assert listed[:2] == ["attention h32x32 n64 b1 prefix2048", "attention h32x8 n64 b1 prefix2048"]
@@ -294,11 +312,20 @@ class TestKernels:
             def fails():
                 raise RuntimeError("not this shape")
 
-            return {"wrong": lambda: torch.zeros_like(work.outputs[0]), "fails": fails, "idle": lambda: None}
+            def unprepared():
+                raise RuntimeError("no compiler")
+
+            return {
+                "wrong": lambda: lambda: torch.zeros_like(work.outputs[0]),
+                "fails": lambda: fails,
+                "unprepared": unprepared,
+                "idle": lambda: lambda: None,
+            }
 
         rows = {r["implementation"]: r for r in kernels.measure("tree_attention", "fp32", ATTENTION, rivals, "cpu")}
         assert "output 0 is off by" in rows["wrong"]["failed"]
         assert rows["fails"]["failed"] == "RuntimeError: not this shape"
+        assert rows["unprepared"]["failed"] == "RuntimeError: no compiler"
         assert "off by nan" in rows["idle"]["failed"]
         assert "us" in rows["reference"]
 
@@ -316,8 +343,24 @@ class TestKernels:
             "draft_heads", "fp32", {"heads": 3, "hidden": 64, "vocab": 99, "top_k": 5, "own": own}, "cpu"
         )
         reference = ops.call("draft_heads", "reference", "cpu", work)
-        (rival,) = kernels.baseline("draft_heads")(work).values()
-        assert kernels.difference("draft_heads", work, rival, reference) == ""
+        (prepare,) = kernels.baseline("draft_heads")(work).values()
+        assert kernels.difference("draft_heads", work, prepare(), reference) == ""
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+    def test_a_backend_that_cannot_run_is_a_row_that_says_why(self, fast, monkeypatch):
+        ours = kernels.ours
+        monkeypatch.setattr(kernels, "ours", lambda op, work, device: ours(op, work, "cuda") | ours(op, work, "cpu"))
+        rows = {r["implementation"]: r for r in kernels.measure("silu_mul", "fp32", {"rows": 2, "ffn": 8},
+                                                                kernels.baseline("silu_mul"), "cpu")}  # fmt: skip
+        assert rows.keys() == {"cuda", "cpu", "reference"}
+        assert rows["cuda"]["failed"].startswith("ValueError: backend 'cuda'")
+
+    def test_a_slow_reference_is_timed_once(self, fast, monkeypatch):
+        monkeypatch.setattr(kernels, "SLOW", 0.0)
+        rows = {r["implementation"]: r for r in kernels.measure("silu_mul", "fp32", {"rows": 2, "ffn": 8},
+                                                                kernels.baseline("silu_mul"), "cpu")}  # fmt: skip
+        assert rows["cpu"]["us"] == pytest.approx(100)
+        assert rows["cpu"]["times_reference"] == pytest.approx(rows["reference"]["us"] / 100)
 
     @pytest.mark.parametrize("mode", ["greedy", "typical", "lossless"])
     def test_the_logits_first_rival_is_right(self, mode):

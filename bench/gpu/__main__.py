@@ -14,7 +14,7 @@ import click
 import torch
 
 from .harness import Options, Recorder, python, run_phase
-from .phases import PHASES
+from .phases import BUDGET, PHASES, named
 from .report import report
 from .worker import arguments, measured
 
@@ -23,9 +23,11 @@ RESULTS, LOGS = ROOT / "bench" / "results", ROOT / "build" / "gpu"
 
 
 @click.command()
-@click.option("--budget", default=560, show_default=True, help="Seconds for everything, what came since --began too.")
-@click.option("--began", type=float, help="When that time began, in seconds since 1970. Default: now.")
-@click.option("--only", default=",".join(PHASES), show_default=True, help="Phases to run, in this order.")
+@click.option(
+    "--budget", default=BUDGET, show_default=True, help="Seconds for everything, what came since --began too."
+)
+@click.option("--began", type=float, help="The start of the budget, in seconds since 1970. Default: now.")
+@click.option("--only", default=",".join(PHASES), show_default=True, help="Phases or groups of them, in this order.")
 @click.option("--model", help="A model's folder, for decoding with real weights. Default: that part is skipped.")
 @click.option("--heads", help="The model's Medusa heads. Default: those shipped for SmolLM2-135M-Instruct.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False),
@@ -34,11 +36,20 @@ RESULTS, LOGS = ROOT / "bench" / "results", ROOT / "build" / "gpu"
 def main(budget, began, only, model, heads, out, commit):
     """Checks, measures and compares everything that needs a GPU; prints a table last.
 
+    One call does as much as there is time for, what matters most first. Everything takes three, each of less than ten
+    minutes with its build; rows add up in one file:
+
+    \b
+        make gpu GPU="--only first"    right? whole steps, the ops that matter
+        make gpu GPU="--only rivals"   other implementations, the other ops
+        make gpu GPU="--only proof"    the tests and the sanitizers
+
     Example: python -m bench.gpu --only quick,kernels --budget 200
     """
-    chosen = only.split(",")
-    if unknown := [name for name in chosen if name not in PHASES]:
-        raise click.UsageError(f"no phase {unknown[0]!r}; there are {', '.join(PHASES)}")
+    try:
+        chosen = named(only)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
     if not torch.cuda.is_available():
         click.echo("no CUDA device here: the GPU's checks and benchmarks are skipped")
         return

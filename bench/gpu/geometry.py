@@ -35,6 +35,10 @@ class RandomCheckpoint:
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(0)
 
+    @property
+    def lm_head_name(self) -> str:
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
     def check_complete(self) -> None:
         """Nothing can be missing."""
 

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -19,34 +21,44 @@ from .harness import Case, Options
 
 SECONDS = 0.08  # of rounds per variant
 BACKENDS = ("cuda", "triton")
+SLOW = 0.1  # seconds: a reference that takes longer is timed once
 
-Rivals = Callable[[ops.Work], Mapping[str, Callable[[], torch.Tensor]]]
+Run = Callable[[], object]
+Rivals = Callable[[ops.Work], Mapping[str, Callable[[], Run]]]  # each by a call of its own that prepares it
+Shape = tuple[str, str, str, dict]  # op, case, dtype, dimensions
 
 
 def cases(options: Options) -> list[Case]:
-    """The grid, and the ops at the shapes of both geometries' steps."""
-    trees, single = (attention_grid(attention_baseline, nodes) for nodes in ((64, 16), (1,)))
-    small, matrices = ([_case(*shape, baseline(shape[0])) for shape in shapes] for shapes in (SMALL, LINEARS))
-    return [Case("ceilings", ceilings), *small, *trees, *matrices, *single]
+    """What the project's aims are stated in, at the shapes of both geometries' steps."""
+    return [Case("ceilings", ceilings), *(_case(shape) for shape in SHAPES if is_key(shape))]
+
+
+def more_cases(options: Options) -> list[Case]:
+    """The rest of the grid and of the ops."""
+    return [_case(shape) for shape in SHAPES if not is_key(shape)]
+
+
+def is_key(shape: Shape) -> bool:
+    op, _, _, dims = shape
+    if op == "tree_attention":
+        return dims["n"] > 1 and dims["prefix"] >= 8192
+    return op in ("draft_heads", "verify_tree", "compact_kv") or (op == "linear" and dims["rows"] <= 64)
 
 
 def rival_cases(options: Options) -> list[Case]:
     """The grid again, beside the rivals that take seconds to compile."""
     first = [dict(n=64, prefix=p, batch=b) for p, b in ((2048, 1), (8192, 1), (8192, 8), (512, 1), (32768, 1))]
-    listed = attention_grid(attention_compiled, (64, 16))
+    listed = [_case(shape, attention_compiled) for shape in ATTENTION if shape[3]["n"] > 1]
     order = [f"attention h32x{kv} n{d['n']} b{d['batch']} prefix{d['prefix']}" for d in first for kv in (32, 8)]
     return sorted(listed, key=lambda case: order.index(case.name) if case.name in order else len(order))
 
 
-def attention_grid(rivals: Rivals, nodes: tuple[int, ...]) -> list[Case]:
-    return [
-        _case("tree_attention", f"attention h32x{kv} n{n} b{batch} prefix{prefix}", "bf16",
-              dict(n=n, heads=32, kv_heads=kv, head_dim=128, prefix=prefix, batch=batch), rivals)
-        for n in nodes for batch in (1, 8) for prefix in (512, 2048, 8192, 32768) for kv in (32, 8)
-    ]  # fmt: skip
-
-
-SMALL = [
+ATTENTION: list[Shape] = [
+    ("tree_attention", f"attention h32x{kv} n{n} b{batch} prefix{prefix}", "bf16",
+     dict(n=n, heads=32, kv_heads=kv, head_dim=128, prefix=prefix, batch=batch))
+    for n in (64, 16, 1) for batch in (1, 8) for prefix in (8192, 32768, 2048, 512) for kv in (32, 8)
+]  # fmt: skip
+SMALL: list[Shape] = [
     *(("draft_heads", f"draft_heads {name} {'own' if own else 'shared'}", "bf16",
        dict(heads=5, hidden=4096, vocab=vocab, top_k=10, own=own))
       for name, vocab in (("vicuna-7b", 32000), ("llama-3-8b", 128256)) for own in (False, True)),
@@ -64,16 +76,18 @@ SMALL = [
        dict(n=n, heads=32, kv_heads=kv, head_dim=128, prefix=2048)) for kv in (32, 8) for n in (1, 64)),
     *(("silu_mul", f"silu_mul r{rows}", "bf16", dict(rows=rows, ffn=11008)) for rows in (1, 64)),
 ]  # fmt: skip
-LINEARS = [
+LINEARS: list[Shape] = [
     *(("linear", f"linear {model} {name} r{rows}", "bf16", dict(rows=rows, inputs=inputs, outputs=outputs))
-      for rows in (1, 64, 16, 256)
+      for rows in (1, 16, 64, 256)
       for model, config in geometry.GEOMETRIES.items()
       for name, (outputs, inputs) in geometry.linears(config).items()),
 ]  # fmt: skip
+SHAPES = [*ATTENTION, *SMALL, *LINEARS]
 
 
-def _case(op: str, name: str, dtype: str, dims: dict, rivals: Rivals) -> Case:
-    return Case(name, functools.partial(measure, op, dtype, dims, rivals))
+def _case(shape: Shape, rivals: Rivals | None = None) -> Case:
+    op, name, dtype, dims = shape
+    return Case(name, functools.partial(measure, op, dtype, dims, rivals or baseline(op)))
 
 
 def ceilings() -> Iterator[dict]:
@@ -92,9 +106,10 @@ def measure(op: str, dtype: str, dims: dict, rivals: Rivals, device: str = "cuda
     work = made(op, dtype, dims, device)
     reference = ops.call(op, "reference", device, work)
     common = {"benchmark": "kernel", "op": op, "dtype": dtype, "dims": dims}
-    runs: dict[str, Callable[[], object]] = {"reference": reference}
-    for name, run in (ours(op, work, device) | dict(rivals(work))).items():
-        try:
+    runs: dict[str, Run] = {}
+    for name, prepare in (ours(op, work, device) | dict(rivals(work))).items():
+        try:  # the kernels compiled at their first launch are compiled here, outside every timing
+            run = prepare()
             problem = difference(op, work, run, reference)
         except Exception as error:  # a rival that cannot do this shape leaves the others their time
             problem = f"{type(error).__name__}: {str(error).strip()[:200]}"
@@ -103,7 +118,10 @@ def measure(op: str, dtype: str, dims: dict, rivals: Rivals, device: str = "cuda
             yield common | {"implementation": name, "failed": problem}
         else:
             runs[name] = run
-    times = _timing.medians(runs, device, seconds=SECONDS)
+    once = seconds_once(reference, device)
+    if once < SLOW:
+        runs["reference"] = reference
+    times = {"reference": once} | _timing.medians(runs, device, seconds=SECONDS)
     floor = max(work.bytes / _timing.bandwidth(device), work.flops / _timing.flops(device))
     for name, seconds in times.items():
         yield common | {
@@ -117,6 +135,15 @@ def measure(op: str, dtype: str, dims: dict, rivals: Rivals, device: str = "cuda
         }
 
 
+def seconds_once(run: Run, device: str) -> float:
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
 def made(op: str, dtype: str, dims: dict, device: str) -> ops.Work:
     work = getattr(ops.Maker(device, ops.DTYPES[dtype]), op)(**dims)
     if op == "verify_tree":  # as the engine's LM head leaves them
@@ -126,14 +153,11 @@ def made(op: str, dtype: str, dims: dict, device: str) -> ops.Work:
     return work
 
 
-def ours(op: str, work: ops.Work, device: str) -> dict[str, Callable[[], None]]:
-    found = {}
-    for name in BACKENDS if device == "cuda" else ("cpu",):
-        try:
-            found[name] = ops.call(op, name, device, work)
-        except ValueError:
-            continue  # the backend lacks the op
-    return found
+def ours(op: str, work: ops.Work, device: str) -> dict[str, Callable[[], Run]]:
+    """The backends that have the op; one that cannot run says why when it is prepared."""
+    has = importlib.import_module(f"medusa_kernels.{op}").BACKENDS
+    names = BACKENDS if device == "cuda" else ("cpu",)
+    return {name: functools.partial(ops.call, op, name, device, work) for name in names if name in has}
 
 
 def difference(op: str, work: ops.Work, run: Callable[[], object], reference: Callable[[], None]) -> str:
@@ -152,29 +176,35 @@ def difference(op: str, work: ops.Work, run: Callable[[], object], reference: Ca
     return ops.failure(work, written, reference, work.arguments[0].dtype)
 
 
-def attention_baseline(work: ops.Work) -> dict[str, Callable]:
-    return {"sdpa": attention_rivals.sdpa(*work.arguments[:6])}
+def attention_baseline(work: ops.Work) -> dict[str, Callable[[], Run]]:
+    return {"sdpa": functools.partial(attention_rivals.sdpa, *work.arguments[:6])}
 
 
-def attention_compiled(work: ops.Work) -> dict[str, Callable]:
-    made = {"flex": attention_rivals.flex(*work.arguments[:6])}
+def attention_compiled(work: ops.Work) -> dict[str, Callable[[], Run]]:
+    found = {"flex": functools.partial(attention_rivals.flex, *work.arguments[:6])}
     if attention_rivals.has_flashinfer():
-        made["flashinfer"] = attention_rivals.flashinfer(*work.arguments[:6])
-    return made
+        found["flashinfer"] = functools.partial(attention_rivals.flashinfer, *work.arguments[:6])
+    return found
 
 
 def baseline(op: str) -> Rivals:
     """PyTorch's own few calls for the same result, in the model's dtype."""
-    known = {"linear": _torch_linear, "draft_heads": _torch_draft_heads, "verify_lm_head": _logits_first}
-    return known.get(op, lambda work: {})
+    if op == "tree_attention":
+        return attention_baseline
+    known = {"linear": ("torch", _torch_linear), "draft_heads": ("torch", _torch_draft_heads),
+             "verify_lm_head": ("torch, verify_tree", _logits_first)}  # fmt: skip
+    if op not in known:
+        return lambda work: {}
+    name, prepare = known[op]
+    return lambda work: {name: functools.partial(prepare, work)}
 
 
-def _torch_linear(work: ops.Work) -> dict[str, Callable]:
-    x, weight, *_ = work.arguments
-    return {"torch": lambda: F.linear(x, weight)}
+def _torch_linear(work: ops.Work) -> Run:
+    x, weight, _, _, out = work.arguments
+    return lambda: torch.mm(x, weight.T, out=out)
 
 
-def _torch_draft_heads(work: ops.Work) -> dict[str, Callable]:
+def _torch_draft_heads(work: ops.Work) -> Run:
     hidden, blocks, _, lm_head, _, top_k, *_ = work.arguments
 
     def call() -> torch.Tensor:
@@ -184,10 +214,10 @@ def _torch_draft_heads(work: ops.Work) -> dict[str, Callable]:
         logits = F.linear(x, lm_head) if lm_head.dim() == 2 else torch.bmm(x, lm_head.transpose(1, 2))
         return logits.float().log_softmax(-1).topk(top_k).values.transpose(0, 1)
 
-    return {"torch": call}
+    return call
 
 
-def _logits_first(work: ops.Work) -> dict[str, Callable]:
+def _logits_first(work: ops.Work) -> Run:
     """PyTorch's product and our `verify_tree`: what the engine does without the fused op."""
     (_, (rows, weight, _, _, logits), _), (_, arguments, _) = work.apart
     launch = resolve_all("auto", rows.device)["verify_tree"]
@@ -197,4 +227,4 @@ def _logits_first(work: ops.Work) -> dict[str, Callable]:
         torch.mm(rows, weight.T, out=logits)
         verify()
 
-    return {"torch, verify_tree": call}
+    return call
