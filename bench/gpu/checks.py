@@ -9,9 +9,10 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from .harness import Case, Options, python, run_until
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
+ENGINE_TESTS_NEED = ("gguf", "hypothesis")
+WIDEST = ("tests/test_tree_attention.py", "tests/test_verify_tree.py", "tests/test_draft_heads.py", "tests/engine")
 
 
 def quick(options: Options) -> list[Case]:
@@ -53,7 +56,7 @@ def tests(options: Options) -> list[Case]:
 
 
 def sanitizers(options: Options) -> list[Case]:
-    return [Case(tool, functools.partial(sanitize, tool, options)) for tool in SANITIZERS]
+    return [Case("sanitizers", functools.partial(sanitize, options))]
 
 
 def checked(run: Callable[[], str]) -> Iterator[dict]:
@@ -144,55 +147,103 @@ def _decoded(model: Model, drafter: MedusaDrafter, tree: Tree, count: int, gpu: 
 
 
 def pytest(backend: str, options: Options) -> Iterator[dict]:
-    """The matrix of every op on one backend, and whatever else names it."""
+    """The matrix of every op on one backend, and whatever else names it: a process and a row for each file."""
+    if importlib.util.find_spec("pytest") is None:
+        yield {"benchmark": "skipped", "reason": "pytest is not installed"}
+        return
+    files = files_of_tests()
+    if "tests/engine" not in files and backend == "cuda":
+        reason = f"{' or '.join(ENGINE_TESTS_NEED)} is not installed"
+        yield {"case": "tests on cuda: tests/engine", "benchmark": "skipped", "reason": reason}
+    deadline = time.time() + options.seconds_left * (0.6 if backend == "cuda" else 1)
+    log = options.logs / f"tests-{backend}.log"  # one for all: a remote machine may return few files
+    log.unlink(missing_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool,
+    ):
+        running = [pool.submit(tested, file, backend, deadline, Path(folder)) for file in files]
+        for done in as_completed(running):
+            row, output = done.result()
+            with log.open("a", encoding="utf-8") as stream:
+                stream.write(output)
+            if row is not None:
+                yield row
+
+
+def files_of_tests() -> list[str]:
+    """The widest first: they take longest."""
     files = [f"tests/test_{op}.py" for op in sorted({op for op, *_ in ops.CASES})]
     files += ["tests/test_backends.py", "tests/test_library_ops.py", "tests/test_cuda_invariance.py"]
-    if importlib.util.find_spec("gguf"):  # its test models need it
+    if all(map(importlib.util.find_spec, ENGINE_TESTS_NEED)):
         files.append("tests/engine")
-    report, log = options.logs / f"tests-{backend}.xml", options.logs / f"tests-{backend}.log"
-    command = python("-m", "pytest", *(file for file in files if (ROOT / file).exists()), "-k", backend, "--tb=short")
-    command += ["-p", "no:cacheprovider", f"--junitxml={report}", f"--rootdir={ROOT}"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
-    share = options.seconds_left * (0.6 if backend == "cuda" else 1)
-    code = run_until(command, time.time() + max(share, 30), log=log, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})
-    found = counted(report.read_text()) if report.exists() else {"failing": []}
-    report.unlink(missing_ok=True)  # a remote machine may return few files
+    return sorted((file for file in files if (ROOT / file).exists()), key=lambda file: file not in WIDEST)
+
+
+def tested(file: str, backend: str, deadline: float, folder: Path) -> tuple[dict | None, str]:
+    """A row, or None where no test of the file names the backend, and what pytest said."""
+    case = f"tests on {backend}: {file}"
+    if time.time() > deadline:
+        return {"case": case, "benchmark": "skipped", "reason": "out of time before it began"}, ""
+    log = folder / file.replace("/", "-")
+    command = python("-m", "pytest", file, "-k", backend, "-vv", "--tb=short", "-p", "no:cacheprovider")
+    if importlib.util.find_spec("xdist") and file in WIDEST:
+        command += ["-n", "4"]
+    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    code = run_until([*command, f"--rootdir={ROOT}"], deadline, log=log, env=env)
+    output = log.read_text(errors="replace")
     if code == 5:  # pytest: nothing was selected
-        yield {"benchmark": "skipped", "reason": f"no test names {backend}"}
-        return
-    last = log.read_text(errors="replace").strip().splitlines()[-1:]
-    detail = "killed: out of time" if code is None else f"{' '.join(last)} {' '.join(found['failing'][:5])}".strip()
-    yield {"benchmark": "check", "passed": code == 0, "detail": detail, **found}
+        return None, output
+    found = counted(output)
+    ending = "killed: out of time" if code is None else " ".join(output.strip().splitlines()[-1:])
+    detail = " ".join([ending, *found["failing"][:5]])
+    return {"case": case, "benchmark": "check", "passed": code == 0, "detail": detail, **found}, output
 
 
-def counted(junit: str) -> dict:
-    """passed, failed and skipped of a JUnit report, and the names of those that failed."""
-    cases = list(ElementTree.fromstring(junit).iter("testcase"))
-
-    def having(*tags: str) -> list[str]:
-        return [case.get("name", "") for case in cases if any(case.find(tag) is not None for tag in tags)]
-
-    failing, skipped = having("failure", "error"), having("skipped")
-    passed = len(cases) - len(failing) - len(skipped)
-    return {"passed_tests": passed, "failed_tests": len(failing), "skipped_tests": len(skipped), "failing": failing}
+# A line a test, of pytest itself and of its workers where xdist runs them.
+OUTCOME = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+TOLD = re.compile(rf"(?P<test>\S+::.+?) (?P<said>{OUTCOME})\b")
+TOLD_BY_WORKER = re.compile(rf"\[gw\d+\] \[ *\d+%\] (?P<said>{OUTCOME}) (?P<test>\S+::.+?)\s*$")
 
 
-def sanitize(tool: str, options: Options) -> Iterator[dict]:
-    """compute-sanitizer over the small cases, every allocation its own so that it sees where each one ends."""
+def counted(output: str) -> dict:
+    """passed, failed and skipped of what pytest said so far, and the names of those that failed."""
+    said: dict[str, set[str]] = {}
+    for line in output.splitlines():
+        if told := TOLD_BY_WORKER.match(line) or TOLD.match(line):
+            said.setdefault(told["test"], set()).add(told["said"])
+    failing = [test.split("::", 1)[1] for test, ways in said.items() if ways & {"FAILED", "ERROR", "XPASS"}]
+    skipped = sum(ways <= {"SKIPPED", "XFAIL"} for ways in said.values())
+    passed = len(said) - len(failing) - skipped
+    return {"passed_tests": passed, "failed_tests": len(failing), "skipped_tests": skipped, "failing": failing}
+
+
+def sanitize(options: Options) -> Iterator[dict]:
+    """compute-sanitizer over the small cases, its tools beside each other: to start is most of what each does. Every
+    allocation is its own, so that it is seen where each one ends.
+    """
     executable = _sanitizer()
     if executable is None:
         yield {"benchmark": "skipped", "reason": "compute-sanitizer is not installed"}
         return
+    with ThreadPoolExecutor(len(SANITIZERS)) as pool:
+        running = {pool.submit(_sanitized, executable, tool, options): tool for tool in SANITIZERS}
+        for done in as_completed(running):
+            try:
+                row = {"benchmark": "check", **done.result()}
+            except Exception as error:  # the other tools have results of their own
+                row = {"benchmark": "failure", "error": f"{type(error).__name__}: {error}"}
+            yield {"case": running[done], **row}
+
+
+def _sanitized(executable: str, tool: str, options: Options) -> dict:
     log = options.logs / f"{tool}.log"
     command = [executable, "--tool", tool, "--print-limit", "20", "--error-exitcode", "9"]
     if tool == "memcheck":  # PyTorch probes for what the driver may lack; our launchers report their own errors
         command += ["--report-api-errors", "no"]
-    left = len(SANITIZERS) - SANITIZERS.index(tool)
-    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    end = time.time() + max(options.seconds_left / left, 20)
-    code = run_until([*command, *python("-m", "bench.gpu.small")], end, log=log, env=env)
-    yield {"benchmark": "check", **verdict(tool, code, log.read_text(errors="replace"))}
+    env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_MODULE_LOADING": "LAZY", "PYTHONUNBUFFERED": "1"}
+    code = run_until([*command, *python("-m", "bench.gpu.small")], options.deadline, log=log, env=env)
+    return verdict(tool, code, log.read_text(errors="replace"))
 
 
 def verdict(tool: str, code: int | None, output: str) -> dict:
@@ -201,9 +252,11 @@ def verdict(tool: str, code: int | None, output: str) -> dict:
     Raises:
         RuntimeError: the tool did not run on this machine.
     """
-    if code is None:
-        return {"passed": False, "detail": "killed: out of time"}
     lines = [line.strip("= ") for line in output.splitlines()]
+    if code is None:
+        reached = [line for line in lines if re.match(r"\d+ of \d+: ", line)][-1:] or ["before its first case"]
+        reports = [line.strip("= ") for line in output.splitlines() if re.match("=+ (?!COMPUTE-SANITIZER)", line)]
+        return {"passed": False, "detail": " / ".join(["killed: out of time", *reached, *reports[:2]])}
     summaries = [line for line in lines if "SUMMARY:" in line]
     if "Device not supported" in output or not summaries:
         raise RuntimeError(f"{tool} did not run (exit status {code}): {' / '.join(lines[-3:])}")

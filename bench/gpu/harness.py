@@ -45,14 +45,16 @@ class Options:
 
 
 class Recorder:
-    """Appends rows to the results, each with its phase, its case and where it was measured."""
+    """Appends rows to the results, each with its phase, its case (a row may name one of its own) and where it was
+    measured."""
 
     def __init__(self, path: Path, phase: str, where: dict):
         self.path, self.phase, self.where = path, phase, where
 
     def __call__(self, case: str, row: dict) -> None:
-        append_row(self.path, {"phase": self.phase, "case": case, **row, **self.where})
-        print(f"  {case}: {summary(row)}", flush=True)
+        row = {"phase": self.phase, "case": case, **row}
+        append_row(self.path, row | self.where)
+        print(f"  {row['case']}: {summary(row)}", flush=True)
 
     def failed(self, case: str, error: str) -> None:
         self(case, {"benchmark": "failure", "error": error})
@@ -60,7 +62,8 @@ class Recorder:
 
 def summary(row: dict) -> str:
     """The row's scalars, for a log."""
-    shown = {name: value for name, value in row.items() if name != "benchmark" and not isinstance(value, dict | list)}
+    known = ("phase", "case", "benchmark")
+    shown = {name: value for name, value in row.items() if name not in known and not isinstance(value, dict | list)}
     return " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in
                     shown.items())  # fmt: skip
 

@@ -115,10 +115,16 @@ def checks() -> list[tuple[str, Callable[[], str]]]:
 
 
 def main() -> int:
-    """Exit status 1 and a line for each wrong result."""
-    problems = [f"{name(*case)}: {problem}" for case in CASES if (problem := failure(*case, repeats=1))]
-    print(*problems, f"{len(CASES) - len(problems)} of {len(CASES)} cases are right", sep="\n")
-    return bool(problems)
+    """A line for each case, as soon as it is known: a sanitizer may be killed before the end. Exit status 1 if one is
+    wrong.
+    """
+    wrong = 0
+    for number, case in enumerate(CASES, 1):
+        problem = failure(*case, repeats=1)
+        wrong += bool(problem)
+        print(f"{number} of {len(CASES)}: {name(*case)}: {problem or 'right'}", flush=True)
+    print(f"{len(CASES) - wrong} of {len(CASES)} cases are right")
+    return bool(wrong)
 
 
 if __name__ == "__main__":
