@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from bench import ops
+from medusa_engine.benchmark import installed_version
 from medusa_engine.captured import RUN_AHEAD, Cuda, Steps, StepsAhead
 from medusa_engine.decode import Decoder
 from medusa_engine.draft import MedusaDrafter
@@ -30,6 +30,7 @@ from .generating import TINY
 from .harness import Case, Options, python, run_until
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("triton", "transformers", "flashinfer-python", "numpy", "pybind11", "pytest")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 ENGINE_TESTS_NEED = ("gguf", "hypothesis")
 WIDEST = ("tests/test_tree_attention.py", "tests/test_verify_tree.py", "tests/test_draft_heads.py", "tests/engine")
@@ -84,14 +85,8 @@ def environment() -> Iterator[dict]:
         "nvcc": release[0] if release else None,
         "compute_sanitizer": _sanitizer(),
         "cores": os.cpu_count(),
-        "modules": {name: _version(name) for name in ("triton", "transformers", "flashinfer", "numpy", "pybind11")},
+        "modules": {name: installed_version(name) for name in PACKAGES},
     }
-
-
-def _version(module: str) -> str | None:
-    if importlib.util.find_spec(module) is None:
-        return None
-    return getattr(importlib.import_module(module), "__version__", "unknown")
 
 
 def build() -> Iterator[dict]:
