@@ -161,17 +161,36 @@ class TestHarness:
         )
         record = harness.Recorder(options.rows, "kernels", {})
         harness.run_phase(
-            lambda skip: [sys.executable, "-c", script, str(skip)], record, progress, deadline=options.deadline
-        )
+            lambda skip: [sys.executable, "-c", script, str(skip)], record, progress,
+            deadline=options.deadline, case_seconds=60,
+        )  # fmt: skip
         assert ran.read_text() == "012"
         (row,) = rows_of(options.rows)
         assert (row["case"], row["error"]) == ("case 1", "the process died with -6")
 
+    def test_a_case_that_hangs_costs_only_itself(self, options, tmp_path):
+        progress, ran = tmp_path / "progress", tmp_path / "ran"
+        script = (
+            "import pathlib, sys, time\n"
+            f"progress, ran = pathlib.Path({str(progress)!r}), open({str(ran)!r}, 'a')\n"
+            "for i in range(int(sys.argv[1]), 3):\n"
+            "    progress.write_text(f'{i} case {i}'); ran.write(str(i)); ran.flush()\n"
+            "    if i == 1: time.sleep(60)\n"
+        )
+        harness.run_phase(
+            lambda skip: [sys.executable, "-c", script, str(skip)], harness.Recorder(options.rows, "kernels", {}),
+            progress, deadline=options.deadline, case_seconds=1,
+        )  # fmt: skip
+        assert ran.read_text() == "012"
+        (row,) = rows_of(options.rows)
+        assert (row["case"], row["error"]) == ("case 1", "did not end within 1 s; the process was killed")
+
     def test_a_worker_that_never_begins_is_not_tried_again(self, options, tmp_path):
         record = harness.Recorder(options.rows, "kernels", {})
         harness.run_phase(
-            lambda skip: [sys.executable, "-c", "raise SystemExit(3)"], record, tmp_path / "p", deadline=time.time() + 9
-        )
+            lambda skip: [sys.executable, "-c", "raise SystemExit(3)"], record, tmp_path / "p",
+            deadline=time.time() + 9, case_seconds=60,
+        )  # fmt: skip
         (row,) = rows_of(options.rows)
         assert row["error"] == "the worker ended with 3 before its first case"
 
@@ -645,7 +664,9 @@ def test_the_table_says_what_the_rows_say():
          "percent_of_floor": 50.0, "floor_us": us / 2}
         for name in ("qkv", "down") for by, us in (("cuda", 40.0), ("torch", 30.0))
     ]  # fmt: skip
+    rows.append(rows[0] | {"case": "attention b", "implementation": "triton"})
     text = report(rows)
+    assert "attention b by triton                         10.0 us   81% | \n" in text
     assert "10.0 us   81% | sdpa 2.50x" in text
     assert "linear vicuna-7b r64, 2 matrices              80.0 us   50% | torch 0.75x" in text
     assert "attention a flex: no compiler" in text

@@ -86,7 +86,7 @@ def run(chosen: list[str], options: Options) -> None:
             def command(skip: int, phase: str = phase, mine: Options = mine) -> list[str]:
                 return python("-m", "bench.gpu.worker", *arguments(mine, phase, progress, skip))
 
-            run_phase(command, record, progress, deadline=deadline)
+            run_phase(command, record, progress, deadline=deadline, case_seconds=PHASES[phase].case_seconds)
 
 
 def slug(device: str) -> str:

@@ -101,12 +101,22 @@ def context_lives() -> bool:
     return True
 
 
-def run_phase(command: Callable[[int], list[str]], record: Recorder, progress: Path, *, deadline: float) -> None:
-    """Starts workers until every case was tried once: `command(skip)` runs the cases from number `skip` on."""
+def run_phase(
+    command: Callable[[int], list[str]], record: Recorder, progress: Path, *, deadline: float, case_seconds: float
+) -> None:
+    """Starts workers until every case was tried once: `command(skip)` runs the cases from number `skip` on. A case that
+    takes longer than `case_seconds` hangs, and costs only itself.
+    """
     skip = 0
     while time.time() < deadline:
         progress.unlink(missing_ok=True)
-        code = run_until(command(skip), deadline + GRACE)
+
+        def hangs() -> bool:
+            with contextlib.suppress(FileNotFoundError):  # before the first case
+                return time.time() - progress.stat().st_mtime > case_seconds
+            return False
+
+        code = run_until(command(skip), deadline + GRACE, hangs=hangs)
         if code == 0:
             return
         if not progress.exists():
@@ -114,14 +124,23 @@ def run_phase(command: Callable[[int], list[str]], record: Recorder, progress: P
             return
         number, name = progress.read_text().split(maxsplit=1)
         if code is None:
-            record.failed(name, "did not end before its phase's time was up; the process was killed")
+            late = time.time() >= deadline + GRACE
+            limit = "before its phase's time was up" if late else f"within {case_seconds:.0f} s"
+            record.failed(name, f"did not end {limit}; the process was killed")
         elif code != 1:
             record.failed(name, f"the process died with {code}")
         skip = int(number) + 1
 
 
-def run_until(command: list[str], deadline: float, *, log: Path | None = None, env: dict | None = None) -> int | None:
-    """The command's exit status, or None if it and all it started had to be killed at `deadline`."""
+def run_until(
+    command: list[str],
+    deadline: float,
+    *,
+    log: Path | None = None,
+    env: dict | None = None,
+    hangs: Callable[[], bool] = lambda: False,
+) -> int | None:
+    """The command's exit status, or None if it and all it started had to be killed: at `deadline`, or when it hangs."""
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
         process = subprocess.Popen(
@@ -131,11 +150,12 @@ def run_until(command: list[str], deadline: float, *, log: Path | None = None, e
             env=None if env is None else os.environ | env,
             start_new_session=True,
         )
+        end = max(deadline, time.time() + 1)
         with ended(process):
-            try:
-                return process.wait(max(1.0, deadline - time.time()))
-            except subprocess.TimeoutExpired:
-                return None
+            while (left := end - time.time()) > 0 and not hangs():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(left, 1))
+            return None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from .harness import Case, Options
 class Phase(NamedTuple):
     cases: Callable[[Options], list[Case]]
     seconds: int
+    case_seconds: int = 60  # after which a case counts as hanging
 
 
 BUDGET, BUILD = 560, 130  # seconds of one call, and of those what building may take
@@ -19,10 +20,10 @@ PHASES = {
     "quick": Phase(checks.quick, 110),
     "decoding": Phase(decoding.cases, 130),
     "kernels": Phase(kernels.cases, 190),
-    "tests": Phase(checks.tests, 220),
-    "decoding-rivals": Phase(decoding_rivals.cases, 120),
+    "tests": Phase(checks.tests, 220, 220),
+    "decoding-rivals": Phase(decoding_rivals.cases, 120, 90),
     "kernel-rivals": Phase(kernels.rival_cases, 140),
-    "sanitizers": Phase(checks.sanitizers, 200),
+    "sanitizers": Phase(checks.sanitizers, 200, 200),
     "more-kernels": Phase(kernels.more_cases, 130),
     "model": Phase(decoding_rivals.real_model, 40),
 }

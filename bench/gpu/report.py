@@ -37,16 +37,20 @@ def _ceilings(rows: Iterable[dict]) -> list[str]:
 
 
 def _kernels(rows: Iterable[dict]) -> list[str]:
-    """A line per case: our time and share of the floor, then every other implementation's time over ours."""
+    """A line per case: our time and share of the floor, then every other implementation's time over ours. Ours is
+    Triton's where there is no CUDA kernel.
+    """
     cases: dict[str, dict[str, dict]] = defaultdict(dict)
     for row in rows:
         cases[row["case"]].setdefault(row["implementation"], row)
     lines = []
     for case, found in _matrices_together(cases).items():
-        own = found.get("cuda")
-        if own is None:
+        ours = next((name for name in ("cuda", "triton") if name in found), None)
+        if ours is None:
             continue
-        others = "  ".join(f"{name} {row['us'] / own['us']:.2f}x" for name, row in found.items() if name != "cuda")
+        own = found[ours]
+        others = "  ".join(f"{name} {row['us'] / own['us']:.2f}x" for name, row in found.items() if name != ours)
+        case += " by triton" * (ours == "triton")
         lines.append(f"{case:<40} {own['us']:9.1f} us {own['percent_of_floor']:4.0f}% | {others}")
     return ["kernels: us, % of the floor | other implementations' time over ours", *lines] if lines else []
 
