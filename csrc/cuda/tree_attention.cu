@@ -17,6 +17,12 @@ constexpr int kMaxSplits = 64;
 constexpr int kBlocksPerSm = 2;
 constexpr float kLog2e = 1.4426950408889634f;
 
+// What the rows of the splits count for in the combination.
+struct Weights {
+  float2 of[kMaxSplits][kRows];  // the split's weight, its sum
+  float total[kRows];
+};
+
 // Dim: head_dim padded to 64, 128 or 256.
 template <class T, int Dim>
 struct Shape {
@@ -25,9 +31,15 @@ struct Shape {
   static constexpr bool kQueriesInRegisters = Dim <= 128;
   static constexpr int kChunks = Dim / 8;  // 16-byte chunks per row
 
-  struct Shared {
+  struct Tiles {
     T k[kStages][kKeys * Dim];
     T v[kStages][kKeys * Dim];
+  };
+  struct Shared {
+    union {
+      Tiles tiles;
+      Weights weights;  // once the last block of a tile has done with its own keys
+    };
     T q[kQueriesInRegisters ? 8 : kRows * Dim];
     bool last;
   };
@@ -59,6 +71,75 @@ __device__ __forceinline__ uint64_t visible_keys(const uint64_t* mask_row, int w
     bits |= position >= 0 ? mask_row[w] << position : mask_row[w] >> -position;
   }
   return bits;
+}
+
+// Adds up the splits of a tile, in their order, and writes its rows: one block, so it is written to wait for memory
+// seldom. `first`: the partial row of split 0, row 0; out_row(row): where a row goes.
+template <class T, int Dim, class OutRow>
+__device__ __forceinline__ void combine(const Partials& partials, int64_t first, int splits, int rows, int head_dim,
+                                        OutRow out_row, Weights& weights) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < splits * kRows; i += kThreads) {
+    if (i % kRows < rows) weights.of[i / kRows][i % kRows] = load_l2(&partials.stats[first + i]);
+  }
+  __syncthreads();
+  if (threadIdx.x < rows) {
+    float highest = -INFINITY, total = 0;
+    for (int split = 0; split < splits; ++split) highest = fmaxf(highest, weights.of[split][threadIdx.x].x);
+    for (int split = 0; split < splits; ++split) {
+      float2& of = weights.of[split][threadIdx.x];
+      of.x = exp2f(of.x - highest);
+      total += of.x * of.y;
+    }
+    weights.total[threadIdx.x] = total;
+  }
+  __syncthreads();
+
+  // Groups of four columns a thread, and splits whose loads are under way: no more registers than the products need.
+  constexpr int kQuads = Dim <= 64 ? 2 : 4, kInFlight = 8;
+  const int quads = head_dim / 4, count = rows * quads;
+  for (int i = threadIdx.x; i < count; i += kThreads * kQuads) {
+    int row[kQuads], column[kQuads];
+    const float* from[kQuads];
+    float4 mixed[kQuads] = {};
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const int at = min(i + q * kThreads, count - 1);
+      row[q] = at / quads;
+      column[q] = at % quads * 4;
+      from[q] = partials.values + (first + row[q]) * Dim + column[q];
+    }
+    for (int split = 0; split < splits; split += kInFlight) {
+      float4 values[kInFlight][kQuads];
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        if (split + j >= splits) break;
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          values[j][q] = load_l2(reinterpret_cast<const float4*>(from[q] + (split + j) * kRows * Dim));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kInFlight; ++j) {
+        if (split + j >= splits) break;
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          const float weight = weights.of[split + j][row[q]].x;
+          mixed[q].x += weight * values[j][q].x;
+          mixed[q].y += weight * values[j][q].y;
+          mixed[q].z += weight * values[j][q].z;
+          mixed[q].w += weight * values[j][q].w;
+        }
+      }
+    }
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      if (i + q * kThreads >= count) break;
+      const float total = weights.total[row[q]];
+      const float normalised[4] = {mixed[q].x / total, mixed[q].y / total, mixed[q].z / total, mixed[q].w / total};
+      store<4>(out_row(row[q]) + column[q], normalised);
+    }
+  }
 }
 
 template <class T, int Dim>
@@ -104,15 +185,15 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
         const bool valid = first_key + row < keys && chunk * 8 < p.head_dim;
         const int at = swizzled<Dim>(row, chunk);
         const int key = valid ? first_key + row : 0;
-        cp_async16(&s.k[stage][at], kv_row(p.k_cache, key) + (valid ? chunk * 8 : 0), valid);
-        cp_async16(&s.v[stage][at], kv_row(p.v_cache, key) + (valid ? chunk * 8 : 0), valid);
+        cp_async16(&s.tiles.k[stage][at], kv_row(p.k_cache, key) + (valid ? chunk * 8 : 0), valid);
+        cp_async16(&s.tiles.v[stage][at], kv_row(p.v_cache, key) + (valid ? chunk * 8 : 0), valid);
       }
     }
     cp_async_commit();
   };
 
   // Queries pass through the stage that is filled last.
-  T* q_shared = S::kQueriesInRegisters ? s.k[kStages - 1] : s.q;
+  T* q_shared = S::kQueriesInRegisters ? s.tiles.k[kStages - 1] : s.q;
 #pragma unroll
   for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
     const int row = (i * kThreads + threadIdx.x) / kChunks, chunk = threadIdx.x % kChunks;
@@ -153,8 +234,8 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
     load_keys(index + kStages - 1);
     if (warp * 16 >= rows) continue;  // few rows: the other warps only help to load
 
-    const T* k = s.k[index % kStages];
-    const T* v = s.v[index % kStages];
+    const T* k = s.tiles.k[index % kStages];
+    const T* v = s.tiles.v[index % kStages];
     float score[kKeys / 8][4] = {};
 #pragma unroll
     for (int step = 0; step < Dim / 16; ++step) {
@@ -276,30 +357,7 @@ __global__ void __launch_bounds__(kThreads, Dim <= 128 ? kBlocksPerSm : 1)
   }
   if (!last_to_arrive(&arrived[tile], used_splits, &s.last)) return;
 
-  // Four columns a thread, all splits of a row by the same thread.
-  const int quads = p.head_dim / 4;
-  for (int i = threadIdx.x; i < rows * quads; i += kThreads) {
-    const int row = i / quads, quad = i % quads;
-    float highest = -INFINITY, total = 0;
-    for (int other = 0; other < used_splits; ++other) {
-      highest = fmaxf(highest, load_l2(&partials.stats[partial_row(other, row)]).x);
-    }
-    float4 mixed = {0, 0, 0, 0};
-#pragma unroll 4
-    for (int other = 0; other < used_splits; ++other) {
-      const int64_t at = partial_row(other, row);
-      const float2 stats = load_l2(&partials.stats[at]);
-      const float4 values = load_l2(reinterpret_cast<const float4*>(partials.values + at * Dim) + quad);
-      const float weight = exp2f(stats.x - highest);
-      total += weight * stats.y;
-      mixed.x += weight * values.x;
-      mixed.y += weight * values.y;
-      mixed.z += weight * values.z;
-      mixed.w += weight * values.w;
-    }
-    const float normalised[4] = {mixed.x / total, mixed.y / total, mixed.z / total, mixed.w / total};
-    store<4>(out_row(row) + quad * 4, normalised);
-  }
+  combine<T, Dim>(partials, partial_row(0, 0), used_splits, rows, p.head_dim, out_row, s.weights);
 }
 
 // ---- launcher ----

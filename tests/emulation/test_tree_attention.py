@@ -24,6 +24,7 @@ CASES = [
     Case(n=130, kind="chain", batch=1, heads=1, kv_heads=1, head_dim=16, prefix=1, dtype=BF16),
     Case(n=1, batch=2, heads=3, kv_heads=3, head_dim=64, prefix=257, dtype=BF16),
     *(Case(n=20, batch=1, heads=2, kv_heads=1, head_dim=64, prefix=90, dtype=BF16, scale=s) for s in (0.0, -0.2)),
+    Case(n=3, batch=1, heads=2, kv_heads=1, head_dim=24, prefix=760, dtype=BF16),  # 12 splits, of which 8 load at once
 ]
 
 
