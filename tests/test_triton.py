@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_kernels import _backends, launches
+from medusa_kernels import _backends, launches, verify_tree
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {
@@ -117,3 +117,23 @@ def test_an_engine_s_other_ops_are_those_of_auto():
     triton, auto = (launches.resolve_all(name, device) for name in ("triton", "auto"))
     for op, launch in triton.items():
         assert isinstance(launch, _backends.Lazy) if op in COVERED else launch is auto[op]
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted only where there is no GPU")
+@pytest.mark.parametrize("mode", ["greedy", "typical", "lossless"])
+@pytest.mark.parametrize("vocab", [5, 4100])
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_rows_without_a_distribution_give_a_token_of_the_vocabulary(vocab, mode):
+    """4100: more than one block. Greedy, PyTorch's argmax."""
+    nan, inf = torch.nan, torch.inf
+    for first, others in ((nan, nan), (1.0, nan), (-inf, -inf), (inf, 0.0), (0.5, -inf)):
+        logits = torch.full((1, 2, vocab), others)
+        logits[..., 0] = first
+        logits[:, 1] = logits[:, 1].flip(-1)
+        tree = torch.zeros(1, 2, dtype=torch.int32), torch.tensor([-1, 0], dtype=torch.int32)
+        seed = None if mode == "greedy" else 1
+        results = [verify_tree(logits, *tree, mode=mode, seed=seed, backend=b) for b in ("triton", "reference")]
+        assert 0 <= results[0][2].item() < vocab, (first, others)
+        if mode == "greedy":
+            assert all(map(torch.equal, *results)), (first, others)

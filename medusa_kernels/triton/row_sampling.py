@@ -9,6 +9,7 @@ from .keys import key_value, order_key
 
 NO_TOKEN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 _ALL: tl.constexpr = tl.constexpr(-(2**31))  # as a cut: below every key
+_NEARLY: tl.constexpr = tl.constexpr(1 - 2.0**-20)  # of top_p: a set short of it by rounding alone has reached it
 _PROBES: tl.constexpr = tl.constexpr(8)  # thresholds tried per pass over the row: 2^32 keys take 11 passes
 
 
@@ -22,14 +23,18 @@ def part(logits, first, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def argmax(logits, vocab, BLOCK: tl.constexpr):
-    """The lowest id of the largest logit, and that logit."""
+    """The lowest id of the largest logit, and that logit. NaN is the largest, as in PyTorch: so its rows have an id."""
     best_token, best, _ = part(logits, 0, vocab, BLOCK)
     for first in range(BLOCK, vocab, BLOCK):
         token, x, _ = part(logits, first, vocab, BLOCK)
-        best_token = tl.where(x > best, token, best_token)
-        best = tl.maximum(best, x)
-    top = tl.max(best, 0)
-    return tl.min(tl.where(best == top, best_token, NO_TOKEN), 0), top
+        larger = (x > best) | ((x != x) & (best == best))
+        best_token = tl.where(larger, token, best_token)
+        best = tl.where(larger, x, best)
+    nan = best != best
+    top = tl.max(tl.where(nan, float("inf"), best), 0)
+    any_nan = tl.max(nan.to(tl.int32), 0) > 0
+    at_top = tl.where(any_nan, nan, best == top)
+    return tl.min(tl.where(at_top, best_token, NO_TOKEN), 0), tl.where(any_nan, float("nan"), top)
 
 
 @triton.jit
@@ -103,7 +108,7 @@ def truncated(logits, vocab, top_k, top_p, top, temperature, BLOCK: tl.constexpr
         cut, above = threshold(logits, vocab, cut, top_k.to(tl.float32), top, temperature, False, BLOCK)
         ties = top_k - above.to(tl.int32)
     if top_p < 1.0:
-        target = top_p * kept_mass(logits, vocab, cut, ties, top, temperature, BLOCK)
+        target = _NEARLY * top_p * kept_mass(logits, vocab, cut, ties, top, temperature, BLOCK)
         key, above = threshold(logits, vocab, cut, target, top, temperature, True, BLOCK)
         limit = tl.where(key == cut, ties, NO_TOKEN)
         weight = tie_weight(key, top, temperature)
@@ -116,7 +121,9 @@ def truncated(logits, vocab, top_k, top_p, top, temperature, BLOCK: tl.constexpr
 
 @triton.jit
 def draw(logits, vocab, cut, ties, u, top, temperature, BLOCK: tl.constexpr):
-    """The first id whose running sum of kept weights exceeds u times their total, else the last of positive weight."""
+    """The first id whose running sum of kept weights exceeds u times their total, else the last of positive weight; -1
+    where there is none, because a logit is NaN or infinite.
+    """
     target = u * kept_mass(logits, vocab, cut, ties, top, temperature, BLOCK)
     equal_weight = tie_weight(cut, top, temperature)
     # Which part crosses, or is the last of positive weight; and where it starts.

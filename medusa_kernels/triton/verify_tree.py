@@ -79,7 +79,8 @@ def judge_node_kernel(
                 depth += 1
             u = philox_uniform(tl.load(seed + b), tl.load(offset + b) + depth + 1)
             cut, ties = truncated(logits, vocab, tl.load(top_k + b), tl.load(top_p + b), top, heat, BLOCK)
-            token = draw(logits, vocab, cut, ties, u, top, heat, BLOCK)
+            drawn = draw(logits, vocab, cut, ties, u, top, heat, BLOCK)
+            token = tl.where(drawn < 0, token, drawn)
             if how == _TYPICAL:
                 threshold, alpha = tl.load(posterior_threshold + b), tl.load(posterior_alpha + b)
                 log_mass, floor = log_mass_and_floor(logits, vocab, top, heat, threshold, alpha, BLOCK)
