@@ -5,6 +5,7 @@ it must be.
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Sequence
 
@@ -77,6 +78,13 @@ def positive(name: str, value: object) -> float:
     return found
 
 
+def one_walk(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    """Two tensors of one shape are walked alike; a dimension of one element is never walked."""
+    steps = [(x, y) for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size > 1]
+    if any(x != y for x, y in steps):
+        raise ValueError(f"{second} must have {first}'s strides {a.stride()}, not {b.stride()}")
+
+
 def writable(name: str, value: Tensor) -> Tensor:
     """A tensor changed in place must not be an expanded view, whose elements share memory."""
     if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
@@ -85,8 +93,10 @@ def writable(name: str, value: Tensor) -> Tensor:
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Any integer, NumPy's too, as an int within [low, high]."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    value = operator.index(value)
     in_range(name, value, low, high)
     return value
 

@@ -78,8 +78,7 @@ def _checked(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm,
         _check.dense_rows(name, value)
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _check.writable(name, value)
-    if k_cache.stride() != v_cache.stride():
-        raise ValueError(f"v_cache must have k_cache's strides {k_cache.stride()}, not {v_cache.stride()}")
+    _check.one_walk("k_cache", k_cache, "v_cache", v_cache)
     cache_seqlens = _check.cache_seqlens(cache_seqlens, batch, "k_cache", k_cache.shape[1], n, q.device)
     _check.tensor("depths", depths, dtype=torch.int32, device=q.device)
     if tuple(depths.shape) not in ((n,), (batch, n)):

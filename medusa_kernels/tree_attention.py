@@ -88,8 +88,7 @@ def _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant
         raise ValueError(f"q's number of heads must be a multiple of k_cache's, not {heads} against {kv_heads}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         _check.dense_rows(name, cache)
-    if k_cache.stride() != v_cache.stride():
-        raise ValueError(f"v_cache must have k_cache's strides {k_cache.stride()}, not {v_cache.stride()}")
+    _check.one_walk("k_cache", k_cache, "v_cache", v_cache)
     cache_seqlens = _check.cache_seqlens(cache_seqlens, batch, "k_cache", k_cache.shape[1], n, q.device)
     tree_mask = _check.tree_mask(tree_mask, batch, n, q.device)
     if q.stride(-1) != 1:

@@ -34,7 +34,7 @@ def verify_lm_head(
     top_k: int = 0,
     posterior_threshold: float | Sequence[float] | Tensor = 0.09,
     posterior_alpha: float | Sequence[float] | Tensor = 0.3,
-    seed: int | Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
     offset: Tensor | None = None,
     max_depth: int | None = None,
     backend: str = "auto",
@@ -48,7 +48,7 @@ def verify_lm_head(
     Args:
         hidden: (batch, n, hidden_size) fp32, bf16 or fp16; row i is node i's, after the final norm.
         lm_head_weight: (vocab, hidden_size), or that packed by `pack_linear` (CPU).
-        top_p, top_k: off, as they stand; which tokens they keep is only known once all logits are.
+        top_p, top_k: must be 1.0 and 0, off: which tokens they keep is only known once all logits are.
         tree_tokens, parents, mode, temperature, posterior_threshold, posterior_alpha, seed, offset, max_depth: as in
             `verify_tree`.
         backend: "auto", "reference", "cpu" or "cuda".
@@ -61,7 +61,7 @@ def verify_lm_head(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     for name, value, off in (("top_p", top_p, 1.0), ("top_k", top_k, 0)):
-        if isinstance(value, Tensor) or value != off:
+        if not isinstance(value, (int, float)) or value != off:
             raise ValueError(f"{name} must be {off}, off: truncation needs all logits, so use linear and verify_tree")
     _check.tensor("hidden", hidden, shape=(None, None, None), dtype=_check.FLOATS)
     batch = hidden.shape[0]

@@ -51,7 +51,7 @@ def verify_tree(
     top_k: int | Sequence[int] | Tensor = 0,
     posterior_threshold: float | Sequence[float] | Tensor = 0.09,
     posterior_alpha: float | Sequence[float] | Tensor = 0.3,
-    seed: int | Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
     offset: Tensor | None = None,
     max_depth: int | None = None,
     backend: str = "auto",
@@ -70,10 +70,13 @@ def verify_tree(
         logits: (batch, n, vocab) fp32, bf16 or fp16; row i is what the base model says after node i.
         tree_tokens: int32 (batch, n), the root's included.
         parents: int32 (n,) or (batch, n), see `Tree.parents`; on the CPU or on the logits' device.
-        mode: "greedy", "typical" or "lossless", one or one per sequence; so too the numbers that follow:
-        temperature: 0 (greedy) or >= 1e-5. top_p: in (0, 1]. top_k: >= 0, 0 is off.
+        mode: "greedy", "typical" or "lossless"; it and the numbers below are one for all sequences or one per sequence.
+            In a CUDA graph's capture give one for all, or tensors on the logits' device.
+        temperature: 0 (greedy) or >= 1e-5.
+        top_p: in (0, 1].
+        top_k: >= 0; 0 is off.
         posterior_threshold, posterior_alpha: >= 0.
-        seed: an int for all sequences, int64 (batch,), or None for fresh entropy.
+        seed: an int for all sequences, int64 (batch,) or as many ints, or None for fresh entropy.
         offset: int64 (batch,), the absolute position of the root; None is 0.
         max_depth: width of the result less one; None reads it from parents (not inside a CUDA graph).
         backend: "auto", "reference", "cpu", "cuda" or "triton".
@@ -119,7 +122,7 @@ def acceptance(
     top_k=0,
     posterior_threshold=0.09,
     posterior_alpha=0.3,
-    seed: int | Tensor | None = None,
+    seed: int | Sequence[int] | Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Acceptance | None:
     """The arguments of `verify_tree` as checked tensors; None when every sequence is greedy."""
@@ -132,39 +135,62 @@ def acceptance(
         if value not in MODES:
             raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {value!r}")
     f32, i32, i64 = torch.float32, torch.int32, torch.int64
-    result = Acceptance(
-        torch.tensor([MODES.index(m) for m in modes], dtype=i32, device=device),
-        _column("temperature", temperature, batch, f32, device),
-        _column("top_p", top_p, batch, f32, device),
-        _column("top_k", top_k, batch, i32, device),
-        _column("posterior_threshold", posterior_threshold, batch, f32, device),
-        _column("posterior_alpha", posterior_alpha, batch, f32, device),
-        _seeds(batch, seed).to(device),
-        _column("offset", 0 if offset is None else offset, batch, i64, device),
+    columns = Acceptance(
+        _column("mode", [MODES.index(m) for m in modes], batch, i32),
+        _column("temperature", temperature, batch, f32),
+        _column("top_p", top_p, batch, f32),
+        _column("top_k", top_k, batch, i32),
+        _column("posterior_threshold", posterior_threshold, batch, f32),
+        _column("posterior_alpha", posterior_alpha, batch, f32),
+        _column("seed", _seed(batch, seed), batch, i64),
+        _column("offset", 0 if offset is None else offset, batch, i64),
     )
-    return None if all(m == "greedy" for m in modes) else result
+    if all(m == "greedy" for m in modes):
+        return None
+    return Acceptance(*(_on_device(column, batch, device) for column in columns))
 
 
-def _column(name: str, value, batch: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One number, or one per sequence, as a checked (batch,) tensor."""
+def _column(name: str, value, batch: int, dtype: torch.dtype) -> Tensor:
+    """One number as a 0-d tensor, or one per sequence as a (batch,) tensor: checked, where it lies."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, not {value!r:.60}")
     try:
         result = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or one per sequence, not {value!r:.60}") from None
     if result.is_complex() or (result.is_floating_point() and not dtype.is_floating_point):
         raise TypeError(f"{name} must hold {'numbers' if result.is_complex() else 'integers'}, not {value!r:.60}")
-    if result.dim() == 0:
-        result = result.expand(batch)
-    if result.shape != (batch,):
+    if result.dim() and result.shape != (batch,):
         raise ValueError(f"{name} must be one value or one per sequence ({batch}), not shape {tuple(result.shape)}")
     # While tracing there are no values to look at; the op looks at them when it runs.
-    if not torch.compiler.is_compiling() and _check.values_wanted(result.device):
-        _check_column(name, result)
-    return result.to(device=device, dtype=dtype).contiguous()
+    if name in _LIMITS and not torch.compiler.is_compiling() and _check.values_wanted(result.device):
+        _check_column(name, result.reshape(-1))
+    return result.to(dtype)
+
+
+def _on_device(column: Tensor, batch: int, device: torch.device) -> Tensor:
+    """A column as (batch,) on `device`. Numbers that all sequences share are written there, not copied: a graph capture
+    takes no copy from the host's ordinary memory.
+    """
+    column = column.expand(batch)
+    copies = column.is_cpu and device.type != "cpu" and not torch.compiler.is_compiling()
+    if copies and bool((column == column[0]).all()):
+        return torch.full((batch,), column[0].item(), dtype=column.dtype, device=device)
+    return column.to(device).contiguous()
+
+
+_LIMITS = {
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "top_k": (0, 2**31 - 1),
+    "posterior_threshold": (0, math.inf),
+    "posterior_alpha": (0, math.inf),
+    "offset": (0, math.inf),
+}
 
 
 def _check_column(name: str, value: Tensor) -> None:
-    low, high = {"top_p": (0, 1), "top_k": (0, 2**31 - 1)}.get(name, (0, math.inf))
+    low, high = _LIMITS[name]
     above = name == "top_p"  # 0 itself would keep nothing
     good = (value > low if above else value >= low) & (value <= high) & value.isfinite()
     if not bool(good.all()):
@@ -180,19 +206,21 @@ def _check_column(name: str, value: Tensor) -> None:
 def checked_acceptance(how: Sequence[Tensor]) -> Acceptance | None:
     """The fields of an Acceptance as a custom op gets them, empty for None; a traced call has not seen their values."""
     for name, value in zip(Acceptance._fields, how, strict=False):
-        if name not in ("mode", "seed") and _check.values_wanted(value.device):
+        if name in _LIMITS and _check.values_wanted(value.device):
             _check_column(name, value)
     return Acceptance(*how) if how else None
 
 
-def _seeds(batch: int, seed: int | Tensor | None) -> Tensor:
+def _seed(batch: int, seed: int | Sequence[int] | Tensor | None) -> int | list[int] | Tensor:
     if seed is None and torch.compiler.is_compiling():  # a traced call cannot ask the system: torch's generator instead
         return torch.randint(2**63 - 1, (batch,), dtype=torch.int64)
     if seed is None:
-        return torch.tensor([secrets.randbits(63) for _ in range(batch)], dtype=torch.int64)
+        return [secrets.randbits(63) for _ in range(batch)]
     if isinstance(seed, Tensor):
-        return _check.tensor("seed", seed, shape=(batch,), dtype=torch.int64).contiguous()
-    return torch.tensor([_check.integer("seed", seed, -(2**63), 2**63 - 1)] * batch, dtype=torch.int64)
+        return _check.tensor("seed", seed, shape=(batch,), dtype=torch.int64)
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
+        return [_check.integer(f"seed[{i}]", one, -(2**63), 2**63 - 1) for i, one in enumerate(seed)]
+    return _check.integer("seed", seed, -(2**63), 2**63 - 1)
 
 
 def _depth(parents: Tensor) -> int:

@@ -143,6 +143,9 @@ ROWS = [
     ("verify_tree", {"posterior_threshold": -1.0}, ValueError, "posterior_threshold must be finite, at least 0, not -1.0"),
     ("verify_tree", {"posterior_alpha": -1.0}, ValueError, "posterior_alpha must be finite, at least 0, not -1.0"),
     ("verify_tree", {"seed": 0.5}, TypeError, "seed must be an int, not float"),
+    ("verify_tree", {"seed": [1, 2, 3]}, ValueError, "seed must be one value or one per sequence (2), not shape (3,)"),
+    ("verify_tree", {"seed": [1, 2.5]}, TypeError, "seed[1] must be an int, not float"),
+    ("verify_tree", {"top_k": 2**70}, ValueError, "top_k must fit 64 bits, not 1180591620717411303424"),
     ("verify_tree", {"seed": 2**63}, ValueError, "seed must be between -9223372036854775808 and 9223372036854775807, not"),
     ("verify_tree", {"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "seed must have shape (2,), not (3,)"),
     ("verify_tree", {"offset": torch.tensor([3, -1])}, ValueError, "offset must be finite, at least 0, not -1"),
@@ -262,3 +265,12 @@ def test_packed_weights_belong_to_the_cpu():
         mk.linear(torch.zeros(3, 9), packed)
     with pytest.raises(ValueError, match=r"a packed weight runs on backend 'cpu', not 'reference'"):
         mk.draft_heads(torch.zeros(1, 8), torch.zeros(1, 1, 8, 8), None, packed, 1, backend="reference")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_results_are_no_part_of_a_gradient(backend):
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    assert not mk.linear(torch.ones(2, 4), weight, backend=backend).requires_grad
+    residual = torch.nn.Parameter(torch.ones(2, 4))
+    mk.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-5, residual=residual, backend=backend)
+    assert torch.equal(residual.detach(), torch.full((2, 4), 2.0))

@@ -129,6 +129,18 @@ def test_a_node_equals_plain_decoding_of_its_own_path(backend):
 
 
 @every_backend(OP)
+def test_strides_of_single_elements_do_not_matter(backend):
+    """Of one sequence, or one K/V head, nothing is stepped over: PyTorch may give that dimension any stride."""
+    g = cases.generator("strides")
+    q, k, v = (torch.randn(shape, generator=g) for shape in ((1, 1, 2, 16), (1, 10, 1, 16), (2, 10, 1, 16)))
+    seqlens, mask = torch.tensor([4], dtype=torch.int32), Tree.from_choices([]).mask_words
+    expected = backend.run(OP, q, k, v[:1].clone(), seqlens, mask)
+    assert torch.equal(backend.run(OP, q, k, v[::2], seqlens, mask), expected)
+    moved = v[:1].transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(backend.run(OP, q, k, moved, seqlens, mask), expected)
+
+
+@every_backend(OP)
 def test_a_sequence_does_not_depend_on_its_neighbours(backend):
     (q, k, v, lengths, mask), _ = inputs(Case(batch=3, own_masks=True))
     together = backend.run(OP, q, k, v, lengths, mask)

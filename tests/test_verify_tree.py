@@ -271,6 +271,37 @@ def test_truncation_keeps_the_lowest_of_equal_tokens(backend, vocab, truncation)
 
 
 @every_backend(OP)
+@pytest.mark.parametrize(
+    ("shares", "top_p", "kept"),
+    [((1, 2, 3, 4), 0.9, 3), ((4, 3, 2, 1), 0.9, 3), ((3, 1, 4, 2), 0.7, 2), ((9, 7, 4), 0.8, 2), ((5, 3, 2), 0.5, 1)],
+)
+def test_a_set_that_reaches_top_p_but_for_rounding_is_enough(backend, shares, top_p, kept):
+    """0.4 + 0.3 + 0.2 is 0.9, in whatever precision and order it is summed."""
+    share = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+    logits = share.log().float().view(1, 1, -1).expand(48, -1, -1)
+    alone = torch.zeros(48, 1, dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)
+    drawn = backend.run(OP, logits, *alone, mode="lossless", top_p=top_p, seed=torch.arange(48))[2]
+    assert set(drawn.tolist()) == set(share.argsort(descending=True)[:kept].tolist())
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("vocab", [2, 3, 5, 7, 10, 16, 100])
+def test_typical_refuses_what_is_exactly_as_probable_as_the_threshold(backend, vocab):
+    """P = exp(-H) = 1 / vocab where all logits are equal, and the paper accepts above it only."""
+    arguments = torch.zeros(1, 2, vocab), torch.tensor([[0, 1]], dtype=torch.int32), Tree.named("chain-1").parents
+    options = {"mode": "typical", "posterior_threshold": 1.0, "seed": 1}
+    assert backend.run(OP, *arguments, **options, posterior_alpha=1.0)[1].tolist() == [0]
+    assert backend.run(OP, *arguments, **options, posterior_alpha=0.999)[1].tolist() == [1]
+
+
+@every_backend(OP)
+def test_seeds_as_a_list_are_those_of_a_tensor(backend):
+    arguments = FLAT.expand(2, -1, -1), torch.zeros(2, 7, dtype=torch.int32), TREE.parents
+    runs = [backend.run(OP, *arguments, mode="lossless", seed=s) for s in ([3, -5], torch.tensor([3, -5]))]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@every_backend(OP)
 def test_equal_weights_draw_the_stated_token(backend):
     """Sums of ones are exact: the token is floor(u · vocab), at every counter, whatever the tree."""
     for vocab in (4, 100, 1024):

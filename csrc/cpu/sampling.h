@@ -115,6 +115,7 @@ struct Cut {
 };
 
 constexpr int kBins = 2048;
+constexpr double kNearly = 1 - 0x1p-20;  // of top_p: a set short of it by rounding alone has reached it
 
 // measure(i): 1 to count tokens, the weight to sum probability. A radix descent over the keys' 11, 11 and 10 bits.
 template <class Logit, class Measure>
@@ -172,7 +173,7 @@ inline void truncate(const float* logits, int vocab, float top_p, int top_k, flo
   if (top_p < 1) {
     double total = 0;
     for (int s = 0; s < count; ++s) total += spans[s].total * scales[s];
-    cut(top_p * static_cast<float>(total), [&](int i) { return weights[i] * scales[i / kSumSpan]; });
+    cut(kNearly * top_p * static_cast<float>(total), [&](int i) { return weights[i] * scales[i / kSumSpan]; });
   }
 }
 

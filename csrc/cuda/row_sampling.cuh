@@ -7,6 +7,7 @@
 namespace medusa::cuda {
 
 constexpr int kRowThreads = kLargeBlock, kRowWarps = kRowThreads / 32;
+constexpr float kNearly = 1 - 0x1p-20f;  // of top_p: a set short of it by rounding alone has reached it
 constexpr int kProbes = 7;  // thresholds tried per pass over the row: 2^32 keys take 11 passes
 
 struct RowShared {
@@ -138,7 +139,7 @@ struct Row {
       each([&](float v, int) { mass += order_key(v) > kept.key ? weight(v) : 0.0f; });
       float total = sum(mass);
       if (kept.key) total += kept.ties * weight(key_value(kept.key));
-      const float target = top_p * total;
+      const float target = kNearly * top_p * total;
       const uint32_t key = threshold(kept.key, target, [&](float v) { return weight(v); }, &mass_above);
       const float needed = ceilf((target - mass_above) / weight(key_value(key)));  // ties until the mass is reached
       const int limit = key == kept.key ? kept.ties : 0x7fffffff;

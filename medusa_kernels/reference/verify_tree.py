@@ -9,9 +9,10 @@ from torch import Tensor
 
 from .sampling import draw, kept_weights
 
-GREEDY, TYPICAL, LOSSLESS = 0, 1, 2
+GREEDY, TYPICAL = 0, 1  # else lossless
 
 
+@torch.no_grad()
 def launch(
     logits: Tensor,
     tree_tokens: Tensor,
@@ -31,7 +32,8 @@ def launch(
         elif mode == TYPICAL:
             path, token = _typical(logits[b].float(), tokens, tree, *numbers)
         else:
-            path, token = _lossless(logits[b].float(), tokens, tree, *numbers)
+            temperature, top_p, top_k, _, _, seed, offset = numbers
+            path, token = _lossless(logits[b].float(), tokens, tree, temperature, top_p, top_k, seed, offset)
         accepted_nodes[b, : len(path)] = torch.tensor(path, dtype=torch.int32)
         accept_length[b] = len(path) - 1
         next_token[b] = token
@@ -59,13 +61,14 @@ def _typical(
     seed: int,
     offset: int,
 ) -> tuple[list[int], int]:
-    logp = (logits / temperature).log_softmax(dim=-1)
+    # In fp64, and either side rounded once: P is above the floor or it is not, whatever the order of the sums.
+    logp = (logits / temperature).double().log_softmax(dim=-1)
     entropy = -(logp.exp() * logp).nan_to_num(nan=0.0).sum(dim=-1)
-    floor = torch.clamp(alpha * torch.exp(-entropy), max=threshold)
+    floor = torch.clamp(alpha * torch.exp(-entropy).float(), max=threshold)
     reached = {0: (0, 0.0)}  # node -> its depth and the sum of ln P along its path
     for node in range(1, len(tokens)):
         parent = parents[node]
-        if parent in reached and logp[parent, tokens[node]].exp() > floor[parent]:
+        if parent in reached and logp[parent, tokens[node]].exp().float() > floor[parent]:
             depth, total = reached[parent]
             reached[node] = (depth + 1, total + float(logp[parent, tokens[node]]))
     last = min(reached, key=lambda node: (-reached[node][0], -reached[node][1], node))
@@ -80,8 +83,6 @@ def _lossless(
     temperature: float,
     top_p: float,
     top_k: int,
-    threshold: float,
-    alpha: float,
     seed: int,
     offset: int,
 ) -> tuple[list[int], int]:
