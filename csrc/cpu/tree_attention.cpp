@@ -425,16 +425,21 @@ void attend(const TreeAttentionParams& p) {
   const int splits = smaller(blocks, static_cast<int>(ceil_div(wanted, tasks())));
   const double nanoseconds = keys * p.kv_heads * p.head_dim * (0.05 + 0.03 * rows);
 
-  Partial* partials = scratch_of<Partial>(Scratch::op, static_cast<size_t>(p.batch) * p.kv_heads * rows * blocks);
+  // A task's contributions lie together: with its buffers where one piece does all of it, else where others find them.
+  const int64_t task_partials = static_cast<int64_t>(part_heads) * height * blocks;
+  Partial* shared = splits == 1 ? nullptr : scratch_of<Partial>(Scratch::op, tasks() * task_partials);
   // Calls body(job, partial) for each head of a task; partial(row, block) says where a contribution stands.
   const auto for_heads = [&](int index, const auto& body) {
-    auto& space = *scratch_of<typename Task<T>::Buffers>(Scratch::piece, 1);
+    using Buffers = typename Task<T>::Buffers;
+    auto* space = static_cast<Buffers*>(
+        scratch(Scratch::piece, sizeof(Buffers) + (shared ? 0 : sizeof(Partial) * task_partials)));
+    Partial* partials = shared ? shared + index * task_partials : reinterpret_cast<Partial*>(space + 1);
     const int first = index % heights() * height, b = index / heights() / parts;
     const int first_head = index / heights() % parts * part_heads;
     for (int kv = first_head; kv < first_head + part_heads; ++kv) {
-      const Task<T> job(p, b, first_head, first_head + part_heads, kv, first, smaller(rows, first + height), space);
+      const Task<T> job(p, b, first_head, first_head + part_heads, kv, first, smaller(rows, first + height), *space);
       body(job, [&](int row, int block) {
-        return partials + ((static_cast<int64_t>(b) * p.kv_heads + kv) * rows + row) * blocks + block;
+        return partials + ((kv - first_head) * int64_t{height} + row - first) * blocks + block;
       });
     }
   };
