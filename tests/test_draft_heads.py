@@ -124,6 +124,15 @@ def test_equal_scores_rank_by_draft_id(backend, top_k, mapped):
 
 
 @every_backend(OP)
+def test_scores_of_one_log_probability_rank_by_their_logits(backend):
+    """1 and 1 + 2^-23 differ; 1 - 20 and the other less 20 do not, in fp32."""
+    lm_head = torch.tensor([[1.0], [1.0000001], [20.0]]).expand(-1, 8) / 8
+    hidden, block = torch.ones(1, 8), torch.zeros(1, 1, 8, 8)
+    tokens, _ = backend.run(OP, hidden, block, None, lm_head.contiguous(), 3)
+    assert tokens.tolist() == [[[2, 1, 0]]]
+
+
+@every_backend(OP)
 def test_all_scores_equal(backend):
     tokens, logprobs = backend.run(OP, torch.ones(2, 8), torch.zeros(3, 1, 8, 8), None, torch.ones(70, 8), 70)
     assert torch.equal(tokens, torch.arange(70, dtype=torch.int32).expand(2, 3, 70))

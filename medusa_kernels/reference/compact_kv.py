@@ -1,8 +1,10 @@
 """Moves the accepted path's K/V rows down so that they follow the committed prefix."""
 
+import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def launch(kv_cache: Tensor, accepted_nodes: Tensor, accept_length: Tensor, cache_seqlens: Tensor) -> None:
     for b in range(kv_cache.shape[2]):
         start, length = int(cache_seqlens[b]), int(accept_length[b])

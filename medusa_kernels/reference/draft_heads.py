@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+@torch.no_grad()
 def launch(
     hidden: Tensor,
     block_weight: Tensor,
@@ -24,9 +25,9 @@ def launch(
                 y = y + block_bias[head, layer].float()
             x = x + F.silu(y)
         own = lm_head_weight if lm_head_weight.dim() == 2 else lm_head_weight[head]
-        scores = (x @ own.float().T).log_softmax(dim=-1)
-        # A stable sort keeps equal scores in the order of their draft ids.
-        ranked = torch.sort(scores, dim=-1, descending=True, stable=True)
-        tokens = ranked.indices[:, :top_k]
+        logits = x @ own.float().T
+        # By the logits, of which distinct ones may share a log-probability; a stable sort keeps equal ones in the order
+        # of their draft ids.
+        tokens = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :top_k]
         draft_tokens[:, head] = tokens.int() if token_map is None else token_map[tokens]
-        logprobs[:, head] = ranked.values[:, :top_k]
+        logprobs[:, head] = logits.log_softmax(dim=-1).gather(1, tokens)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor) -> None:
     if residual is not None:
         residual.copy_(residual.float() + x.float())

@@ -8,6 +8,7 @@ from torch import Tensor
 from .rms_norm import normalise
 
 
+@torch.no_grad()
 def launch(
     q: Tensor,
     k: Tensor,

@@ -1,10 +1,12 @@
 """The LM head's logits, in the hidden rows' dtype as `linear` gives them, and their verification."""
 
+import torch
 from torch import Tensor
 
 from . import linear, verify_tree
 
 
+@torch.no_grad()
 def launch(
     hidden: Tensor,
     lm_head_weight: Tensor,
