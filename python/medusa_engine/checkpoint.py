@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "CheckpointError", "HeadsOnlyError", "download_snapshot", "fetched", "open_checkpoint"]
 
-_MEDUSA_PREFIX = "medusa_head."
+_MEDUSA_PREFIXES = ("medusa_head.", "medusa_heads.")
+_EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SHOWN = 8  # names in a message before it only counts
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 _HUB_BINARIES = ("*.bin", "*.bin.index.json", "medusa_lm_head.pt")
@@ -62,8 +63,13 @@ class Checkpoint:
         return self._weights.names()
 
     def medusa_names(self) -> frozenset[str]:
-        """The tensors of the Medusa heads inside a Medusa-2 checkpoint: those that begin with `medusa_head.`."""
-        return frozenset(name for name in self.names() if name.startswith(_MEDUSA_PREFIX))
+        """The tensors of Medusa heads beside the model's own: under `medusa_head.` (Medusa-2) or `medusa_heads.`."""
+        return frozenset(name for name in self.names() if name.startswith(_MEDUSA_PREFIXES))
+
+    @property
+    def lm_head_name(self) -> str:
+        """The tensor that makes logits: an LM head's own where there is one, whatever the configuration ties."""
+        return _EMBEDDING if self.config.tie_word_embeddings and _LM_HEAD not in self.names() else _LM_HEAD
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
@@ -84,12 +90,14 @@ class Checkpoint:
     def check_complete(self) -> None:
         """Every tensor the configuration calls for is there in its shape, and no other but known companions.
 
-        Left over may be Medusa heads, rotary inv_freq buffers, and lm_head.weight beside tied embeddings.
+        Left over may be Medusa heads and rotary inv_freq buffers.
 
         Raises:
             CheckpointError: listing what is missing, left over or misshapen.
         """
         expected, found = self.config.tensor_shapes(), self.names()
+        if self.lm_head_name in found:  # also beside tied embeddings
+            expected[self.lm_head_name] = expected[_EMBEDDING]
         missing = [name for name in expected if name not in found]
         extra = sorted(name for name in found if name not in expected and not self._may_remain(name))
         shapes = {name: self.shape(name) for name in expected if name in found}
@@ -104,8 +112,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: tensors do not match the {self.config.architecture} config: {listed}")
 
     def _may_remain(self, name: str) -> bool:
-        tied_head = name == "lm_head.weight" and self.config.tie_word_embeddings
-        return tied_head or name.startswith(_MEDUSA_PREFIX) or name.endswith("rotary_emb.inv_freq")
+        return name.startswith(_MEDUSA_PREFIXES) or name.endswith("rotary_emb.inv_freq")
 
 
 def open_checkpoint(model: str | os.PathLike[str]) -> Checkpoint:

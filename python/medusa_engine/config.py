@@ -107,8 +107,12 @@ class ModelConfig:
             raise ValueError(f"rms_norm_eps must be a number in [0, 1), found {eps!r}")
         attention_bias = bool(values.get("attention_bias", False)) and arch in ("llama", "qwen3")
         generation = generation_config or {}
-        eos = [*_token_ids(values, "eos_token_id"), *_token_ids(generation, "eos_token_id")]
-        bos = [*_token_ids(values, "bos_token_id"), *_token_ids(generation, "bos_token_id")]
+
+        def special(key: str) -> list[int]:
+            named = [*_token_ids(config, key), *_token_ids(generation, key)]
+            return named or ([] if key in config else _token_ids(_DEFAULTS[arch], key))
+
+        eos, bos = special("eos_token_id"), special("bos_token_id")
         return cls(
             architecture=arch,
             vocab_size=integer("vocab_size"),

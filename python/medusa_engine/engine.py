@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -97,7 +99,8 @@ class Medusa:
                 means bf16 weights and K/V with fp32 activations and sums.
             tree: "auto", a name (`Tree.names()`), choices, a Tree, or the most nodes it may have, the root counted; cut
                 to what `draft` can fill. "dynamic-N": at each step the N nodes that the heads find most probable.
-            max_seqlen: prompt + new tokens at most; None is min(context, 4096).
+            max_seqlen: prompt + new tokens at most; None is min(context, 4096). It may exceed the context as far as the
+                checkpoint's RoPE scaling extends it, and never a sliding window.
             bitwise: on a GPU too, a greedy step's logits are plain decoding's bit for bit, and so is the text: with
                 bf16 and fp16, attention then leaves the tensor cores. On the CPU they always are.
 
@@ -223,6 +226,8 @@ class Medusa:
         The chunks' texts join to `generate`'s text. Raises as `generate` does, at once.
         """
         extra = {name: options.pop(name, default) for name, default in _STREAM_DEFAULTS.items()}
+        if unknown := options.keys() - SamplingOptions.__dataclass_fields__.keys():
+            raise TypeError(f"stream() got an unexpected keyword argument {min(unknown)!r}")
         many, ids = self._encode(prompt, extra.pop("chat"))
         if many:
             raise ValueError("stream takes one prompt: a str or a flat list of token ids")
@@ -237,9 +242,9 @@ class Medusa:
         self._steps[medusa] = steps
 
     def _prepare(self, ids, max_new_tokens, options: SamplingOptions, stop, ignore_eos, medusa):
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        if not _is_id(max_new_tokens) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}")
-        longest = max(map(len, ids))
+        max_new_tokens, longest = int(max_new_tokens), max(map(len, ids))
         if longest + max_new_tokens > self.max_seqlen:
             raise ValueError(
                 f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceeds max_seqlen {self.max_seqlen}"
@@ -249,6 +254,8 @@ class Medusa:
         stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be a non-empty string or several, not {stop!r}")
+        if stop and self.tokenizer.missing_because:
+            raise ValueError(f"stop needs text: {self.tokenizer.missing_because}")
         acceptance = options.acceptance(len(ids), self.model.device)
         eos = () if ignore_eos else self._eos
         transcripts = [
@@ -307,7 +314,8 @@ _STREAM_DEFAULTS = {"stop": None, "ignore_eos": False, "medusa": True, "chat": T
 
 
 def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Any integer, NumPy's or PyTorch's too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _dtype(dtype: str | None, device: torch.device) -> str:
@@ -321,18 +329,12 @@ def _dtype(dtype: str | None, device: torch.device) -> str:
 
 def _max_seqlen(max_seqlen: int | None, checkpoint: Checkpoint) -> int:
     config = checkpoint.config
-    limits = {
-        "the context it was trained for": config.max_position_embeddings,
-        "its sliding window": config.sliding_window,
-    }
-    if config.rope.kind == "dynamic":  # made to go further
-        del limits["the context it was trained for"]
-    limits = {what: limit for what, limit in limits.items() if limit is not None}
+    context, window = config.max_position_embeddings, config.sliding_window or math.inf
     if max_seqlen is None:
-        return min(DEFAULT_MAX_SEQLEN, *limits.values()) if limits else DEFAULT_MAX_SEQLEN
-    if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 2:
+        return min(DEFAULT_MAX_SEQLEN, context, window)
+    if not _is_id(max_seqlen) or max_seqlen < 2:
         raise ValueError(f"max_seqlen must be an int of at least 2, not {max_seqlen!r}")
-    for what, limit in limits.items():
+    for what, limit in (("its context", config.rope.reach(context)), ("its sliding window", window)):
         if max_seqlen > limit:
             raise ValueError(f"max_seqlen {max_seqlen} is more than the model allows: {what} is {limit}")
-    return max_seqlen
+    return int(max_seqlen)

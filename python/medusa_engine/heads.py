@@ -31,6 +31,7 @@ SHAPE_KEYS = frozenset(
         "medusa_num_layers",
         "hidden_size",
         "truncated_vocab_size",
+        "medusa_fc_bias",
         "version",
     }
 )
@@ -260,8 +261,9 @@ def _check_names_and_shapes(
     """Every tensor that such a checkpoint must have is there, none besides, each of its shape, a float and finite."""
     hidden = hidden or _usual_size(own.values(), -1)
     lm_heads = [own[name] for name in layout.lm_heads() if name in own]
-    has_bias = any(name in own for name in layout.blocks("bias"))
-    has_bias |= layout.dialect.name == "vLLM" and bool(config.get("medusa_fc_bias"))
+    # Only vLLM's blocks have none unless told so; ours say it where they have none.
+    expects_bias = config.get("medusa_fc_bias", layout.dialect.name != "vLLM")
+    has_bias = bool(expects_bias) or any(name in own for name in layout.blocks("bias"))
     shapes = dict.fromkeys(layout.blocks("weight"), (hidden, hidden))
     shapes |= dict.fromkeys(layout.blocks("bias") if has_bias else (), (hidden,))
     shapes |= dict.fromkeys(layout.lm_heads() if lm_heads else (), (_usual_size(lm_heads, 0), hidden))

@@ -57,7 +57,7 @@ def load_heads(
     `torch.load(weights_only=True)`. For `hidden_size`, `vocab_size` and what raises HeadsError see
     `heads_from_tensors`; here also a path or hub id that leads nowhere, and an empty, damaged or unsafe file.
     """
-    place = Path(path)
+    place = Path(path).expanduser()
     if not place.exists():
         if not _HUB_ID.fullmatch(os.fspath(path)):
             raise HeadsError(f"no heads at {place}: no such file or folder")
@@ -107,6 +107,7 @@ def save_heads(
         "medusa_num_layers": heads.num_layers,
         "hidden_size": heads.hidden_size,
         "version": "2",
+        **({"medusa_fc_bias": False} if heads.block_bias is None and heads.num_layers else {}),
     }
     if heads.token_map is not None:
         tensors[TOKEN_MAP] = heads.token_map.detach().cpu().contiguous()
@@ -129,8 +130,12 @@ def is_heads_only(folder: str | os.PathLike) -> bool:
 
 
 def base_model_of(folder: str | os.PathLike) -> str | None:
-    """The `base_model_name_or_path` in the folder's config.json, if any. Raises HeadsError for a broken config."""
-    return base_name(_read_config(Path(folder)))
+    """The `base_model_name_or_path` in the folder's config.json, if any; one relative to the folder as the path it is.
+
+    Raises HeadsError for a broken config.
+    """
+    name = base_name(_read_config(Path(folder)))
+    return str(Path(folder) / name) if name and (Path(folder) / name).exists() else name
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from .rope import rope_tables
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
 
 Weight = Tensor | PackedLinear
+MAX_HEAD_DIM = 256  # of the attention kernels
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Model:
             raise ValueError(f"dtype 'int8' runs on backend 'cpu' alone, not on {self.backend!r}")
         if bitwise and self.backend not in ("cpu", "cuda"):
             raise ValueError(f"bitwise=True runs on backends 'cpu' and 'cuda' alone, not on {self.backend!r}")
+        head_dim, step = self.config.head_dim, 8 if self.backend in ("cuda", "triton") else 1
+        if self.backend != "reference" and (head_dim > MAX_HEAD_DIM or head_dim % step):
+            limit = f"{'a multiple of 8, ' if step > 1 else ''}at most {MAX_HEAD_DIM}"
+            raise ValueError(f"head_dim {head_dim} does not run on backend {self.backend!r}: it must be {limit}")
         self.activation_dtype = torch.float32 if device.type == "cpu" else self.dtype
         self.launch = resolve_all(backend, device, row_invariant=bitwise)
         self._packed_dtype = dtype if self.backend == "cpu" else None
@@ -115,16 +120,14 @@ class Model:
         self.norm = norm("model.norm")
         self.embedding = plain("model.embed_tokens.weight")
         # Kept as it is in the checkpoint: Medusa heads may share rows of it.
-        self.lm_head_source = checkpoint.tensor(
-            "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
-        )
+        self.lm_head_source = checkpoint.tensor(checkpoint.lm_head_name)
         self.lm_head = self.pack(self.lm_head_source)
 
     def pack(self, weight: Tensor) -> Weight:
         """A weight as this model's kernels read it: packed for the CPU's, else rounded to the model's dtype."""
         if self._packed_dtype is None or not weight.numel():
             return weight.to(self.device, self.dtype).contiguous()
-        return pack_linear(weight, self._packed_dtype)
+        return pack_linear(weight.float() if weight.dtype == torch.float64 else weight, self._packed_dtype)
 
     def rope(self, prompt_length: int | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin for every position; `prompt_length` matters for the prefill of dynamic RoPE alone."""

@@ -88,7 +88,7 @@ class Transcript:
             self.token_ids.append(token)
             if token in self._eos:
                 self._finish("eos")
-            elif self._add(self._decoder.push([token])):
+            elif self._add(self._decoder.push([token])) or self._stops_in(self._decoder.pending()):
                 self.finish_reason = "stop"
             elif len(self.token_ids) == self._limit:
                 self._finish("length")
@@ -111,6 +111,14 @@ class Transcript:
         if found:
             self._text = self._text[: min(found)]
         return bool(found)
+
+    def _stops_in(self, pending: str) -> bool:
+        """Whether text that later tokens may still change completes a stop string now; if so, it is cut there."""
+        text = self._text
+        if pending and self._add(pending):
+            return True
+        self._text = text
+        return False
 
     def _possible_stop(self) -> int:
         """Length of the longest tail that may still grow into a stop string."""

@@ -54,6 +54,14 @@ class RopeConfig:
         """How many of a head's `head_dim` dimensions are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
+    def reach(self, context: int) -> float:
+        """Positions that a model of this `context` is made for, extension included; dynamic scaling has no end."""
+        if self.kind == "dynamic":
+            return math.inf
+        if self.kind == "linear":
+            return int(context * self.factor)
+        return max(context, int(self.original_max_position_embeddings * self.factor))
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
         """Reads config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4).

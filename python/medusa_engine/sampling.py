@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -58,7 +59,7 @@ class SamplingOptions:
             raise ValueError(f"seed must be one int or one per prompt ({batch}), not {len(seeds)}")
         for seed in seeds:
             if seed is not None and (
-                isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63
+                isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63
             ):
                 raise ValueError(f"seed must be a 64-bit int, not {seed!r}")
         return torch.tensor([secrets.randbits(63) if seed is None else seed for seed in seeds], dtype=torch.int64)

@@ -32,7 +32,10 @@ class Tokenizer:
         chat_template: the Jinja source, or None.
         special_ids: ids that `decode` hides.
         eos_token_ids: the end-of-text ids the tokenizer itself names; the model's are in `ModelConfig`.
+        missing_because: why there is no tokenizer, or an empty string.
     """
+
+    missing_because = ""
 
     def __init__(
         self,
@@ -52,11 +55,22 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(i for i in (eos, *eos_token_ids) if i is not None))
 
     @classmethod
+    def missing(cls, reason: str) -> Tokenizer:
+        """Of a checkpoint without one: knows no token, so ids have no text, and says `reason` to whoever encodes."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models
+
+        made = cls(Backend(models.WordLevel({}, unk_token="")), {}, None)
+        made.missing_because = reason
+        return made
+
+    @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Reads tokenizer.json, or else a SentencePiece tokenizer.model, and the configuration files beside it.
+        """Reads tokenizer.json, or else a SentencePiece tokenizer.model, and the configuration files beside it; a
+        folder with neither has a `missing` one.
 
         Raises:
-            CheckpointError: if neither is there, or a file cannot be read.
+            CheckpointError: if a file cannot be read.
         """
         from tokenizers import Tokenizer as Backend
 
@@ -73,8 +87,8 @@ class Tokenizer:
             vocabulary = vocabulary_from_sentencepiece(folder / "tokenizer.model")
             backend, special = vocabulary.backend, {**vocabulary.special_tokens, **special}
         else:
-            raise CheckpointError(
-                f"{folder}: no tokenizer.json or tokenizer.model; copy the base model's into the folder"
+            return cls.missing(
+                f"{folder} has no tokenizer.json or tokenizer.model: copy the base model's into it, or pass token ids"
             )
         _add_configured_tokens(backend, config, _read_json(folder / "added_tokens.json"), special)
         if not (folder / "tokenizer.json").is_file():
@@ -114,8 +128,11 @@ class Tokenizer:
         Special tokens spelled out in the text become those tokens, as in transformers.
 
         Raises:
+            CheckpointError: the checkpoint has no tokenizer.
             ValueError: for text with an unpaired surrogate, which is not Unicode text.
         """
+        if self.missing_because:
+            raise CheckpointError(self.missing_because)
         if not isinstance(text, str):
             raise TypeError(f"text must be a str, found {type(text).__name__}")
         try:
@@ -219,6 +236,13 @@ class StreamDecoder:
                 out += self._emit()
         return out
 
+    def pending(self) -> str:
+        """What `flush` would return, and nothing changes; "" while it would end in half a character."""
+        if not self._pending:
+            return ""
+        text = self._decode_pending()
+        return "" if "\ufffd" in text else text
+
     def flush(self) -> str:
         """The rest of the text, with U+FFFD for what never became a character. The stream is then at its start."""
         rest = self._utf8.decode(b"", final=True) if self._byte_level else self._emit()
@@ -226,10 +250,13 @@ class StreamDecoder:
         return rest
 
     def _emit(self) -> str:
-        decode = self._tokenizer.decode
-        text = decode([*self._context, *self._pending])[len(decode(self._context)) :]
+        text = self._decode_pending()
         self._context, self._pending = self._pending[-1:] or self._context, []
         return text
+
+    def _decode_pending(self) -> str:
+        decode = self._tokenizer.decode
+        return decode([*self._context, *self._pending])[len(decode(self._context)) :]
 
 
 def _byte_alphabet() -> dict[str, int]:

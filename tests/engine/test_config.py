@@ -68,6 +68,9 @@ def test_end_of_text_ids_are_merged():
     assert config.eos_token_ids == (128009, 128001, 128008)
     assert config.bos_token_id == 128000
     assert ModelConfig.from_hf({**LLAMA, "eos_token_id": None}).eos_token_ids == ()
+    silent = {key: value for key, value in LLAMA.items() if key != "eos_token_id"}
+    assert ModelConfig.from_hf(silent).eos_token_ids == (2,)
+    assert ModelConfig.from_hf(silent, {"eos_token_id": [7, 9]}).eos_token_ids == (7, 9)
     assert ModelConfig.from_hf(config.to_hf()).eos_token_ids == config.eos_token_ids
 
 

@@ -21,11 +21,13 @@ from medusa_kernels import Tree
 from tests.engine.models import (
     FOLDER,
     PROMPTS,
+    continuation,
     counting_folder,
     counting_heads,
     counting_heads_folder,
     fitted_heads,
     random_folder,
+    random_model,
     save_model,
     spoken,
     token,
@@ -189,6 +191,23 @@ def test_a_folder_of_heads_names_its_base(tmp_path):
         load(tmp_path / "nameless")
 
 
+def test_a_base_named_relative_to_its_heads(tmp_path):
+    write_counting(tmp_path / "base")
+    heads = replace(load_heads(counting_heads_folder()), base_model_name_or_path="../base")
+    save_heads(tmp_path / "heads", heads, dtype=torch.float32)
+    assert load(tmp_path / "heads", tree="chain-3").generate("a", 21).stats.tokens_per_step == 4.0
+
+
+@pytest.mark.parametrize("prefix", ["medusa_head.", "medusa_heads."])
+def test_heads_inside_the_model(tmp_path, prefix):
+    folder = write_counting(tmp_path)
+    heads = load_file(counting_heads_folder() / "medusa_lm_head.safetensors")
+    heads |= {name[:-6] + "bias": torch.zeros(len(w)) for name, w in heads.items() if name.endswith("linear.weight")}
+    inside = {prefix + name: tensor for name, tensor in heads.items()}
+    save_file(load_file(folder / "model.safetensors") | inside, folder / "model.safetensors")
+    assert load(folder, tree="chain-3").generate("a", 21).stats.tokens_per_step == 4.0
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_heads_on_the_hub_name_their_base(tmp_path, monkeypatch, suffix):
     """Heads in PyTorch's own format are fetched as well, though only where there is nothing safer."""
@@ -270,18 +289,23 @@ def test_max_seqlen_defaults_to_the_context(tmp_path):
     assert load().max_seqlen == 128
     assert load(max_seqlen=100).max_seqlen == 100
     assert load(write_counting(tmp_path / "long", max_position_embeddings=10000)).max_seqlen == 4096
-    with pytest.raises(ValueError, match=r"max_seqlen 129 is more than the model allows: the context .* is 128"):
+    with pytest.raises(ValueError, match="max_seqlen 129 is more than the model allows: its context is 128"):
         load(max_seqlen=129)
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     assert load(write_counting(tmp_path / "dynamic", rope_parameters=dynamic), max_seqlen=500).max_seqlen == 500
+    assert load(tmp_path / "dynamic").max_seqlen == 128
+    for kind, extra in (("linear", {}), ("yarn", {"original_max_position_embeddings": 128})):
+        rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4, **extra}
+        folder = write_counting(tmp_path / kind, rope_parameters=rope)
+        assert (load(folder).max_seqlen, load(folder, max_seqlen=512).max_seqlen) == (128, 512)
+        with pytest.raises(ValueError, match="max_seqlen 513 is more than the model allows: its context is 512"):
+            load(folder, max_seqlen=513)
     for wrong in (1, 0, -5, 2.5, True, "100"):
         with pytest.raises(ValueError, match="max_seqlen must be an int of at least 2, not"):
             load(max_seqlen=wrong)
 
 
 def test_a_sliding_window_caps_max_seqlen(tmp_path):
-    from tests.engine.models import random_model
-
     folder = save_model(tmp_path, random_model("mistral", sliding_window=32))
     assert load(folder).max_seqlen == 32
     with pytest.raises(ValueError, match="max_seqlen 33 is more than the model allows: its sliding window is 32"):
@@ -408,8 +432,13 @@ def test_a_checkpoint_without_eos_or_tokenizer(tmp_path):
     # config.json is silent: the tokenizer's eos_token counts
     assert load(folder).generate([token("V")], 5, medusa=False).finish_reason == "eos"
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.json or tokenizer\.model"):
-        load(folder)
+    silent = load(folder)
+    out = silent.generate([token("V")], 5, medusa=False)
+    assert (len(out.token_ids), out.text, out.finish_reason) == (5, "", "length")
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json or tokenizer\.model: .* or pass token ids"):
+        silent.generate("V", 5, medusa=False)
+    with pytest.raises(ValueError, match=r"stop needs text: .* has no tokenizer\.json"):
+        silent.generate([token("V")], 5, medusa=False, stop="W")
 
 
 def test_the_text_of_the_whole_wheel():
@@ -423,3 +452,36 @@ def test_a_text_whose_token_has_no_row_in_the_embedding(monkeypatch):
     monkeypatch.setattr(engine.tokenizer, "encode", lambda text: [1, 10_000])
     with pytest.raises(ValueError, match=r"prompt holds token id 10000; ids must be between 0 and"):
         engine.generate("a", 4, chat=False)
+
+
+def test_numpy_integers_are_integers():
+    engine, prompt = load(heads=counting_heads_folder()), [token("a"), token("b")]
+    expected = engine.generate(prompt, 9, mode="lossless", seed=3).token_ids
+    assert engine.generate(list(np.array(prompt)), np.int64(9), mode="lossless", seed=np.int64(3)).token_ids == expected
+
+
+@pytest.mark.parametrize("head_dim", [258, 320])
+def test_heads_wider_than_the_kernels(tmp_path, head_dim):
+    sizes = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": head_dim}
+    folder = save_model(tmp_path, random_model("llama", **sizes))
+    with pytest.raises(ValueError, match=rf"head_dim {head_dim} does not run on backend 'cpu': it must be at most 256"):
+        load(folder, backend="cpu")
+    assert len(load(folder, backend="reference").generate([1], 3, medusa=False).token_ids) == 3
+
+
+def test_an_lm_head_beside_tied_embeddings_is_used(tmp_path):
+    """As transformers reads such a checkpoint."""
+    model = random_model("llama", tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load(tmp_path).generate(PROMPTS[0], 12, medusa=False).token_ids == continuation(model, PROMPTS[0], 12)[0]
+
+
+def test_weights_of_double_precision(tmp_path):
+    model = random_model("llama")
+    single, double = save_model(tmp_path / "single", model), save_model(tmp_path / "double", model.double())
+    ids = [load(folder).generate(PROMPTS[0], 12, medusa=False).token_ids for folder in (single, double)]
+    assert ids[0] == ids[1]

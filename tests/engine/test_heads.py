@@ -224,6 +224,13 @@ BAD_TENSORS = [
     ("an extra tensor", medusa, put("0.norm.weight", torch.ones(6)), {}, r"left over '0\.norm\.weight' \(6,\)"),
     ("an LM head too many", medusa, put("lm_head.weight", torch.ones(11, 6)), {}, r"left over 'lm_head\.weight'"),
     ("a leading zero", medusa, put("00.0.linear.weight", torch.ones(6, 6)), {}, r"left over '00\.0\.linear\.weight'"),
+    (
+        "no bias at all",
+        medusa,
+        drop(*[f"{h}.{i}.linear.bias" for h in range(3) for i in range(2)]),
+        {},
+        r"missing '0\.0\.linear\.bias' \(6,\)",
+    ),
     ("twice, with prefix", medusa, put("medusa_head.0.0.linear.bias", torch.ones(6)), {}, r"one and the same tensor"),
     ("two dialects", vllm, put("0.0.linear.weight", torch.ones(6, 6)), {}, r"left over .*\(read as vLLM names\)"),
     (

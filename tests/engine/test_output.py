@@ -4,8 +4,10 @@ import itertools
 from functools import cache
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from medusa_engine import Medusa
 from medusa_engine.output import Stats, Transcript
@@ -245,3 +247,35 @@ def test_a_transcript_is_what_its_tokens_say(pieces, stops, limit, cuts):
 @cache
 def _tokenizer() -> Tokenizer:
     return Tokenizer.from_folder(counting_folder())
+
+
+@cache
+def byte_fallback() -> Tokenizer:
+    """As Llama 2's and Mistral's: what has no piece of its own is spelled in bytes."""
+    pieces = {"<unk>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}, "\u2581a": 257, "b": 258}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
+    replaced, strip = decoders.Replace("\u2581", " "), decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([replaced, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return Tokenizer(backend, {}, None)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(
+    ("said", "stop", "kept", "text", "reason"),
+    [
+        ("ab\nb", "\n", 3, "ab", "stop"),
+        ("ab\n", "\n", 3, "ab", "stop"),  # nor does the end come first
+        ("a\né", "\n", 2, "a", "stop"),
+        ("abéb", "é", 4, "ab", "stop"),  # with the second of its bytes
+        ("abéb", "bé", 4, "a", "stop"),
+        ("a\n\nb", "\n\n", 3, "a", "stop"),
+        ("a\nb", "\n\n", 3, "a\nb", "length"),
+    ],
+)
+def test_a_stop_string_spelled_in_bytes(said, stop, kept, text, reason, together):
+    ids = [{"a": 257, "b": 258}.get(chr(byte), byte + 1) for byte in said.encode()]
+    transcript = Transcript(byte_fallback(), eos_token_ids=(), stop=[stop], max_new_tokens=len(ids))
+    parts = [ids] if together else [[i] for i in ids]
+    shown = [transcript.push(part) for part in parts if not transcript.finish_reason]
+    assert (transcript.token_ids, transcript.text, transcript.finish_reason) == (ids[:kept], text, reason)
+    assert "".join(shown) == text

@@ -75,8 +75,10 @@ def test_folder_ids_equal_transformers(change, llama3_folder, strings):
 
 
 def test_missing_and_broken_tokenizer_files(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.json or tokenizer\.model; copy the base model's"):
-        Tokenizer.from_folder(tmp_path)
+    none = Tokenizer.from_folder(tmp_path)
+    assert (none.decode([0, 1]), none.has_chat_template, none.eos_token_ids) == ("", False, ())
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json or tokenizer\.model: copy the base model's into it"):
+        none.encode("a")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not readable"):
         Tokenizer.from_folder(tmp_path)
