@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <type_traits>
 
 namespace medusa::cuda {
@@ -53,9 +54,10 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 //
 // That wait ends when the previous kernel has completed and all that it wrote is visible. The previous kernel cannot
 // have completed before each of its threads had waited for the one before it, and so on: when a wait ends, everything
-// earlier in the stream has ended. Kernels thus touch memory one after another, as they would without the overlap;
-// scratch and counters pass from launch to launch as before. What overlaps is the launch itself, a kernel's first
-// arithmetic, and prefetches into L2.
+// earlier in the stream has ended. (A foreign kernel among ours fits in if it is launched in the ordinary way, which
+// orders it after all earlier work and ours after it, or if it waits as ours do.) Kernels thus touch memory one after
+// another, as they would without the overlap; scratch and counters pass from launch to launch as before. What overlaps
+// is the launch itself, a kernel's first arithmetic, and prefetches into L2.
 
 // Waits for all earlier work of the stream. Nothing below sm_90, where launch() orders the kernels.
 __device__ __forceinline__ void wait_for_previous_kernel() {
@@ -85,7 +87,10 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 
 // Whether the code that the current device runs was compiled for sm_90 or later and so has the wait: a newer device may
 // run what was made from an older architecture's PTX. All kernels are compiled alike, so each device is asked once.
+// MEDUSA_OVERLAP=0 in the environment answers no: kernels one after another, to measure what the overlap gains.
 inline bool kernels_wait(const void* kernel) {
+  static const char* const wanted = std::getenv("MEDUSA_OVERLAP");
+  if (wanted && *wanted == '0') return false;
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];  // 0: not asked yet; 1: no; 2: yes
   int device = kDevices;
