@@ -237,10 +237,17 @@ class TestBuild:
         assert build.main() == 1
         assert "the CUDA kernels could not be built" in capsys.readouterr().out
 
+    def test_without_nvidia_smi_torch_is_asked(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 6), (9, 0))[i])
+        assert build.architectures() == ["86", "90"]
+
     def test_without_a_gpu_nothing_is_built(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
         assert build.main() == 0
-        assert capsys.readouterr().out == "nvidia-smi names no GPU: nothing is built\n"
+        assert capsys.readouterr().out == "no NVIDIA GPU here: nothing is built\n"
 
 
 class TestReplay:

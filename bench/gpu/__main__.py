@@ -23,9 +23,7 @@ RESULTS, LOGS = ROOT / "bench" / "results", ROOT / "build" / "gpu"
 
 
 @click.command()
-@click.option(
-    "--budget", default=BUDGET, show_default=True, help="Seconds for everything, what came since --began too."
-)
+@click.option("--budget", default=BUDGET, show_default=True, help="Seconds for everything since --began.")
 @click.option("--began", type=float, help="The start of the budget, in seconds since 1970. Default: now.")
 @click.option("--only", default=",".join(PHASES), show_default=True, help="Phases or groups of them, in this order.")
 @click.option("--model", help="A model's folder, for decoding with real weights. Default: that part is skipped.")

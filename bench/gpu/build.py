@@ -1,6 +1,6 @@
 """Builds medusa_kernels/_C for the GPU at hand with the packages that are there: `python -m bench.gpu.build`.
 
-It needs no torch, and nothing is fetched. Exit status 0 also where there is no GPU: then there is nothing to build.
+Nothing is fetched. Exit status 0 also where there is no GPU: then there is nothing to build.
 """
 
 from __future__ import annotations
@@ -58,17 +58,27 @@ def architectures() -> list[str]:
     """Compute capabilities without their points: ["90"]; empty where there is no NVIDIA GPU."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        said = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        said = ""
+    found = {line.strip().replace(".", "") for line in said.splitlines()}
+    return sorted(arch for arch in found if arch.isdigit()) or _architectures_by_torch()
+
+
+def _architectures_by_torch() -> list[str]:
+    """For machines that have the driver and not its tool."""
+    try:
+        import torch
+    except ImportError:
         return []
-    found = {line.strip().replace(".", "") for line in done.stdout.splitlines()} if done.returncode == 0 else set()
-    return sorted(arch for arch in found if arch.isdigit())
+    capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+    return sorted({f"{major}{minor}" for major, minor in capabilities}) if torch.version.hip is None else []
 
 
 def main() -> int:
     archs = architectures()
     if not archs:
-        print("nvidia-smi names no GPU: nothing is built")
+        print("no NVIDIA GPU here: nothing is built")
         return 0
     env = os.environ | {
         "MEDUSA_CUDA": "on",

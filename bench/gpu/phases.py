@@ -22,7 +22,7 @@ PHASES = {
     "kernels": Phase(kernels.cases, 190),
     "tests": Phase(checks.tests, 220, 220),
     "decoding-rivals": Phase(decoding_rivals.cases, 120, 90),
-    "kernel-rivals": Phase(kernels.rival_cases, 140),
+    "kernel-rivals": Phase(kernels.rival_cases, 140, 90),
     "sanitizers": Phase(checks.sanitizers, 200, 200),
     "more-kernels": Phase(kernels.more_cases, 130),
     "model": Phase(decoding_rivals.real_model, 40),
