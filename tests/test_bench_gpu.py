@@ -389,6 +389,13 @@ class TestKernels:
         assert rows["cpu"]["us"] == pytest.approx(100)
         assert rows["cpu"]["times_reference"] == pytest.approx(rows["reference"]["us"] / 100)
 
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_torch_linear_computes_linear(self, rows):
+        work = kernels.made("linear", "fp32", {"rows": rows, "inputs": 16, "outputs": 9}, "cpu")
+        reference = ops.call("linear", "reference", "cpu", work)
+        (prepare,) = kernels.baseline("linear")(work).values()
+        assert kernels.difference("linear", work, prepare(), reference) == ""
+
     @pytest.mark.parametrize("mode", ["greedy", "typical", "lossless"])
     def test_the_logits_first_rival_is_right(self, mode):
         dims = {"n": 7, "hidden": 16, "vocab": 60, "mode": mode}
