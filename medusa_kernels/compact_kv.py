@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
+from ._library import custom_op
 from .native.compact_kv import arguments
 from .reference import compact_kv as reference
 
@@ -64,7 +65,7 @@ def _checked(kv_cache, accepted_nodes, accept_length, cache_seqlens, backend):
     launch(kv_cache, accepted_nodes.contiguous(), accept_length.contiguous(), cache_seqlens)
 
 
-@torch.library.custom_op("medusa_kernels::compact_kv", mutates_args=("kv_cache",))
+@custom_op("compact_kv", mutates=("kv_cache",))
 def _op(kv_cache: Tensor, accepted_nodes: Tensor, accept_length: Tensor, cache_seqlens: Tensor, backend: str) -> None:
     _checked(kv_cache, accepted_nodes, accept_length, cache_seqlens, backend)
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._backends import Lazy, Native, resolve
-from .linear import PackedLinear, check_weight
+from ._backends import Lazy, Native
+from ._library import custom_op
+from .linear import PackedLinear, check_weight, op_weight, resolve_weights, weight_of_op
 from .native import with_workspace
 from .native.draft_heads import arguments
 from .reference import draft_heads as reference
@@ -36,9 +37,10 @@ def draft_heads(
 
     Args:
         hidden: (batch, hidden_size), the last accepted node's row after the base's final norm: what its LM head reads.
-        block_weight: (heads, layers, hidden_size, hidden_size), or that tensor packed by `pack_linear`.
-        block_bias: (heads, layers, hidden_size) or None.
-        lm_head_weight: (vocab, hidden_size) shared by the heads, or (heads, vocab, hidden_size), or packed.
+        block_weight: (heads, layers, hidden_size, hidden_size) fp32, bf16 or fp16, or that packed by `pack_linear`.
+        block_bias: (heads, layers, hidden_size) fp32, bf16 or fp16, or None.
+        lm_head_weight: (vocab, hidden_size) shared by the heads, or (heads, vocab, hidden_size) one each, fp32, bf16 or
+            fp16; or packed.
         top_k: 1 to vocab. Equal scores: the lower draft id first.
         token_map: int32 (vocab,), draft id to base id, for a reduced draft vocabulary; None: the ids are the same.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
@@ -50,10 +52,10 @@ def draft_heads(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    packed = isinstance(block_weight, PackedLinear) or isinstance(lm_head_weight, PackedLinear)
-    if torch.compiler.is_compiling() and not packed:
+    if torch.compiler.is_compiling():
+        (blocks, *packed_blocks), (lm_head, *packed_lm_head) = op_weight(block_weight), op_weight(lm_head_weight)
         return torch.ops.medusa_kernels.draft_heads(
-            hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend
+            hidden, blocks, block_bias, lm_head, top_k, token_map, backend, *packed_blocks, *packed_lm_head
         )
     return _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend)
 
@@ -72,7 +74,8 @@ def _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map,
     own = len(getattr(lm_head_weight, "shape", ())) == 3
     check_weight("lm_head_weight", lm_head_weight, (heads, None, size) if own else (None, size), hidden.device)
     vocab = lm_head_weight.shape[-2]
-    _check.integer("top_k", top_k, 1, vocab)
+    _check.in_range("lm_head_weight's vocabulary", vocab, 1, 2**31 - 1)
+    top_k = _check.integer("top_k", top_k, 1, vocab)
     if token_map is not None:
         _check.tensor("token_map", token_map, shape=(vocab,), dtype=torch.int32, device=hidden.device)
         if _check.values_wanted(hidden.device):
@@ -80,18 +83,14 @@ def _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map,
         token_map = token_map.contiguous()
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
-    if isinstance(block_weight, PackedLinear) or isinstance(lm_head_weight, PackedLinear):
-        if backend not in ("auto", "cpu"):
-            raise ValueError(f"a packed weight runs on backend 'cpu', not {backend!r}")
-        backend = "cpu"
-    launch = resolve("draft_heads", BACKENDS, backend, hidden.device)
+    launch = resolve_weights("draft_heads", BACKENDS, backend, hidden.device, block_weight, lm_head_weight)
     draft_tokens = torch.empty(batch, heads, top_k, dtype=torch.int32, device=hidden.device)
     logprobs = torch.empty(batch, heads, top_k, dtype=torch.float32, device=hidden.device)
     launch(hidden, block_weight, block_bias, lm_head_weight, token_map, top_k, draft_tokens, logprobs)
     return draft_tokens, logprobs
 
 
-@torch.library.custom_op("medusa_kernels::draft_heads", mutates_args=())
+@custom_op("draft_heads")
 def _op(
     hidden: Tensor,
     block_weight: Tensor,
@@ -100,11 +99,17 @@ def _op(
     top_k: int,
     token_map: Tensor | None,
     backend: str,
+    packed_block_shape: list[int],
+    packed_block_dtype: str,
+    packed_lm_head_shape: list[int],
+    packed_lm_head_dtype: str,
 ) -> tuple[Tensor, Tensor]:
+    block_weight = weight_of_op(block_weight, packed_block_shape, packed_block_dtype)
+    lm_head_weight = weight_of_op(lm_head_weight, packed_lm_head_shape, packed_lm_head_dtype)
     return _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend)
 
 
 @_op.register_fake
-def _fake(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend):
-    shape = (hidden.shape[0], block_weight.shape[0], top_k)
+def _fake(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend, packed_block_shape, *_):
+    shape = (hidden.shape[0], (packed_block_shape or block_weight.shape)[0], top_k)
     return hidden.new_empty(shape, dtype=torch.int32), hidden.new_empty(shape, dtype=torch.float32)

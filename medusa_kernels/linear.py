@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
+from ._library import custom_op
 from .native.linear import arguments, pack
 from .reference import linear as reference
 
@@ -33,6 +34,27 @@ class PackedLinear:
             raise ValueError(f"{name} must have shape ({text}), not {self.shape} (packed)")
         if device.type != "cpu":
             raise ValueError(f"{name} is packed for the CPU, but the first argument is on {device}")
+
+
+def op_weight(weight: Tensor | PackedLinear) -> tuple[Tensor, list[int], str]:
+    """A weight as the custom ops take it: a tensor, and if it is packed the shape and the dtype that it stands for."""
+    return (weight.data, list(weight.shape), weight.dtype) if isinstance(weight, PackedLinear) else (weight, [], "")
+
+
+def weight_of_op(tensor: Tensor, packed_shape: list[int], packed_dtype: str) -> Tensor | PackedLinear:
+    """The inverse of `op_weight`."""
+    return PackedLinear(tensor, tuple(packed_shape), packed_dtype) if packed_dtype else tensor
+
+
+def resolve_weights(
+    op: str, backends: Mapping[str, Callable[..., None]], backend: str, device: torch.device, *weights: object
+) -> Callable[..., None]:
+    """`resolve` of an op that reads these weights: packed ones are the CPU's."""
+    if any(isinstance(weight, PackedLinear) for weight in weights):
+        if backend not in ("auto", "cpu"):
+            raise ValueError(f"a packed weight runs on backend 'cpu', not {backend!r}")
+        backend = "cpu"
+    return resolve(op, backends, backend, device)
 
 
 def check_weight(name: str, weight: Tensor | PackedLinear, shape: tuple[int | None, ...], device: torch.device) -> None:
@@ -117,7 +139,7 @@ def pack_linear(weight: Tensor, dtype: str = "bfloat16") -> PackedLinear:
 
     Args:
         weight: (..., out_features, in_features) on the CPU, fp32, bf16 or fp16; leading dimensions make one matrix
-        each.
+            each.
         dtype: "float32", "bfloat16" or "float16" (round to nearest even), or "int8": one scale per output row; the left
             operand is then quantised too, one scale per row and group of 64 along in_features, with exact integer sums
             inside a group and fp32 between groups.
@@ -149,8 +171,8 @@ def linear(
 
     Args:
         x: (rows, in_features) fp32, bf16 or fp16.
-        weight: (out_features, in_features), or that packed by `pack_linear` (CPU).
-        bias: (out_features,) or None.
+        weight: (out_features, in_features) fp32, bf16 or fp16, or that packed by `pack_linear` (CPU).
+        bias: (out_features,) fp32, bf16 or fp16, or None.
         residual: (rows, out_features) of x's dtype, or None.
         row_invariant: a row's bits do not depend on the rows beside it: its sum over in_features has one order. So it
             always is on the CPU; CUDA then does without PyTorch's product, which is faster for many rows. The reference
@@ -163,8 +185,9 @@ def linear(
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
     """
-    if torch.compiler.is_compiling() and isinstance(weight, Tensor):
-        return torch.ops.medusa_kernels.linear(x, weight, bias, residual, row_invariant, backend)
+    if torch.compiler.is_compiling():
+        tensor, *packed = op_weight(weight)
+        return torch.ops.medusa_kernels.linear(x, tensor, bias, residual, row_invariant, backend, *packed)
     return _checked(x, weight, bias, residual, row_invariant, backend)
 
 
@@ -175,8 +198,6 @@ def _checked(x, weight, bias, residual, row_invariant, backend):
     _check.in_range("x's in_features", width, 1, 2**31 - 1)
     if isinstance(weight, PackedLinear):
         weight.check("weight", (None, width), x.device)
-        if backend not in ("auto", "cpu"):
-            raise ValueError(f"a packed weight runs on backend 'cpu', not {backend!r}")
     else:
         _check.tensor("weight", weight, shape=(None, width), dtype=_check.FLOATS, device=x.device)
         weight = weight.contiguous()
@@ -193,19 +214,27 @@ def _checked(x, weight, bias, residual, row_invariant, backend):
     if row_invariant:
         launch = resolve_row_invariant(backend, x.device)
     else:
-        launch = resolve("linear", BACKENDS, backend, x.device)
+        launch = resolve_weights("linear", BACKENDS, backend, x.device, weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     launch(x, weight, bias, residual, out)
     return out
 
 
-@torch.library.custom_op("medusa_kernels::linear", mutates_args=())
+@custom_op("linear")
 def _op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, row_invariant: bool, backend: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    row_invariant: bool,
+    backend: str,
+    packed_shape: list[int],
+    packed_dtype: str,
 ) -> Tensor:
+    weight = weight_of_op(weight, packed_shape, packed_dtype)
     return _checked(x, weight, bias, residual, row_invariant, backend)
 
 
 @_op.register_fake
-def _fake(x, weight, bias, residual, row_invariant, backend):
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _fake(x, weight, bias, residual, row_invariant, backend, packed_shape, packed_dtype):
+    return x.new_empty(x.shape[0], weight_of_op(weight, packed_shape, packed_dtype).shape[0])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
+from ._library import custom_op
 from .native.rms_norm import arguments
 from .reference import rms_norm as reference
 
@@ -55,7 +56,7 @@ def _checked(x, weight, eps, residual, backend):
     return out
 
 
-@torch.library.custom_op("medusa_kernels::rms_norm", mutates_args=("residual",))
+@custom_op("rms_norm", mutates=("residual",))
 def _op(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, backend: str) -> Tensor:
     return _checked(x, weight, eps, residual, backend)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
+from ._library import custom_op
 from .native.rotary_append import arguments
 from .reference import rotary_append as reference
 
@@ -100,7 +101,7 @@ def _checked(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm,
     launch(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm, k_norm, norm_eps)
 
 
-@torch.library.custom_op("medusa_kernels::rotary_append", mutates_args=("q", "k_cache", "v_cache"))
+@custom_op("rotary_append", mutates=("q", "k_cache", "v_cache"))
 def _op(
     q: Tensor,
     k: Tensor,

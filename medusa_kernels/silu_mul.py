@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
+from ._library import custom_op
 from .native.silu_mul import arguments
 from .reference import silu_mul as reference
 
@@ -49,7 +50,7 @@ def _checked(gate_up, backend):
     return out
 
 
-@torch.library.custom_op("medusa_kernels::silu_mul", mutates_args=())
+@custom_op("silu_mul")
 def _op(gate_up: Tensor, backend: str) -> Tensor:
     return _checked(gate_up, backend)
 

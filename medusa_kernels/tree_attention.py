@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
+from ._library import custom_op
 from .native import with_workspace
 from .native.tree_attention import arguments
 from .reference import tree_attention as reference
@@ -103,7 +104,7 @@ def _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant
     return out
 
 
-@torch.library.custom_op("medusa_kernels::tree_attention", mutates_args=())
+@custom_op("tree_attention")
 def _op(
     q: Tensor,
     k_cache: Tensor,

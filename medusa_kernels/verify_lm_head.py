@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import _check
-from ._backends import Native, resolve
-from .linear import PackedLinear, check_weight
+from ._backends import Native
+from ._library import custom_op
+from .linear import PackedLinear, check_weight, op_weight, resolve_weights, weight_of_op
 from .native import with_workspace
 from .native.verify_lm_head import arguments
 from .reference import verify_lm_head as reference
@@ -76,13 +77,14 @@ def verify_lm_head(
         seed=seed,
         offset=offset,
     )
-    if torch.compiler.is_compiling() and isinstance(lm_head_weight, Tensor):
+    if torch.compiler.is_compiling():
         if max_depth is None:
             raise ValueError(
                 "max_depth must be given under torch.compile: the result's width cannot depend on parents' values"
             )
+        weight, *packed = op_weight(lm_head_weight)
         return torch.ops.medusa_kernels.verify_lm_head(
-            hidden, lm_head_weight, tree_tokens, parents, list(how or ()), max_depth, backend
+            hidden, weight, tree_tokens, parents, list(how or ()), max_depth, backend, *packed
         )
     return _checked(hidden, lm_head_weight, tree_tokens, parents, how, max_depth, backend)
 
@@ -95,14 +97,12 @@ def _checked(hidden, lm_head_weight, tree_tokens, parents, how, max_depth, backe
     vocab = lm_head_weight.shape[0]
     _check.in_range("lm_head_weight's vocabulary", vocab, 1, 2**31 - 1)
     tree, results = checked_tree(batch, n, vocab, tree_tokens, parents, max_depth, hidden.device)
-    if isinstance(lm_head_weight, PackedLinear) and backend not in ("auto", "cpu"):
-        raise ValueError(f"a packed weight runs on backend 'cpu', not {backend!r}")
-    launch = resolve("verify_lm_head", BACKENDS, backend, hidden.device)
+    launch = resolve_weights("verify_lm_head", BACKENDS, backend, hidden.device, lm_head_weight)
     launch(hidden.contiguous(), lm_head_weight, *tree, how, *results)
     return results
 
 
-@torch.library.custom_op("medusa_kernels::verify_lm_head", mutates_args=())
+@custom_op("verify_lm_head")
 def _op(
     hidden: Tensor,
     lm_head_weight: Tensor,
@@ -111,13 +111,16 @@ def _op(
     how: list[Tensor],
     max_depth: int,
     backend: str,
+    packed_shape: list[int],
+    packed_dtype: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`how` is the fields of an Acceptance, or empty: every sequence is greedy."""
-    return _checked(hidden, lm_head_weight, tree_tokens, parents, checked_acceptance(how), max_depth, backend)
+    weight = weight_of_op(lm_head_weight, packed_shape, packed_dtype)
+    return _checked(hidden, weight, tree_tokens, parents, checked_acceptance(how), max_depth, backend)
 
 
 @_op.register_fake
-def _fake(hidden, lm_head_weight, tree_tokens, parents, how, max_depth, backend):
+def _fake(hidden, lm_head_weight, tree_tokens, parents, how, max_depth, backend, *_):
     def empty(*shape):
         return hidden.new_empty(shape, dtype=torch.int32)
 

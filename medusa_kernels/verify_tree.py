@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
+from ._library import custom_op
 from .native import with_workspace
 from .native.verify_tree import arguments
 from .reference import verify_tree as reference
@@ -268,7 +269,7 @@ def _checked(logits, tree_tokens, parents, how, max_depth, backend):
     return results
 
 
-@torch.library.custom_op("medusa_kernels::verify_tree", mutates_args=())
+@custom_op("verify_tree")
 def _op(
     logits: Tensor, tree_tokens: Tensor, parents: Tensor, how: list[Tensor], max_depth: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,9 +53,10 @@ def clone(value):
 def op_arguments(op: str, backend: str) -> tuple:
     """The same call of torch.ops.medusa_kernels, whose arguments are all positional."""
     args, kwargs = arguments(op)
+    not_packed = ([], "") * {"linear": 1, "draft_heads": 2, "verify_lm_head": 1}.get(op, 0)
     if op in ("verify_tree", "verify_lm_head"):
         width = kwargs.pop("max_depth")
-        return (*args, list(acceptance(BATCH, torch.device("cpu"), **kwargs)), width, backend)
+        return (*args, list(acceptance(BATCH, torch.device("cpu"), **kwargs)), width, backend, *not_packed)
     tail = {
         "tree_attention": (None, False),
         "draft_heads": (kwargs.get("token_map"),),
@@ -63,7 +64,7 @@ def op_arguments(op: str, backend: str) -> tuple:
         "rotary_append": (None, None, 1e-6),
         "linear": (kwargs.get("bias"), kwargs.get("residual"), False),
     }.get(op, ())
-    return (*args, *tail, backend)
+    return (*args, *tail, backend, *not_packed)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -99,6 +100,18 @@ def test_compile_without_a_graph_break(op, compiler, backend):
     )
     flat = [torch.utils._pytree.tree_leaves(t) for t in ((actual, compiled_args), (expected, eager_args))]
     assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(*flat, strict=True))
+
+
+@pytest.mark.parametrize("op", ["linear", "draft_heads", "verify_lm_head"])
+def test_compile_with_packed_weights(op):
+    args, kwargs = arguments(op)
+    places = {"linear": (1,), "draft_heads": (1, 3), "verify_lm_head": (1,)}[op]
+    args = [mk.pack_linear(a, "int8") if i in places else a for i, a in enumerate(args)]
+    door = getattr(mk, op)
+    torch._dynamo.reset()
+    actual = torch.compile(lambda: door(*args, **kwargs), fullgraph=True, backend="aot_eager")()
+    leaves = torch.utils._pytree.tree_leaves
+    assert all(torch.equal(a, b) for a, b in zip(leaves(actual), leaves(door(*args, **kwargs)), strict=True))
 
 
 @pytest.mark.parametrize("op", ["tree_attention", "draft_heads", "verify_tree", "verify_lm_head", "rms_norm",
