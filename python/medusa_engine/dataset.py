@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,22 +58,20 @@ def write_shard(path: Path, conversations: list[Conversation]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def shard_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Conversations and answer tokens of one shard. Raises as `read_shard` does."""
+    tensors = _tensors(path, lambda name: name != "hidden")
+    lengths, starts = tensors["lengths"], tensors["answer_starts"]
+    return len(lengths), int((lengths - starts).sum())
+
+
 def read_shard(path: str | os.PathLike) -> Iterator[Conversation]:
     """The conversations of one shard.
 
     Raises:
         ValueError: the file is not a shard, or is damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if not {"ids", "lengths", "answer_starts"} <= names:
-                raise ValueError(
-                    f"{path} is no shard of conversations: it holds {', '.join(sorted(names)) or 'nothing'}"
-                )
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a shard of conversations: {error}") from None
+    tensors = _tensors(path)
     ids = tensors["ids"].int()
     at_token = at_row = 0
     for length, start in zip(tensors["lengths"].tolist(), tensors["answer_starts"].tolist(), strict=True):
@@ -83,3 +81,16 @@ def read_shard(path: str | os.PathLike) -> Iterator[Conversation]:
         yield Conversation(ids[at_token : at_token + length], start, hidden)
         at_token += length
         at_row += length - start
+
+
+def _tensors(path: str | os.PathLike, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if not {"ids", "lengths", "answer_starts"} <= names:
+                raise ValueError(
+                    f"{path} is no shard of conversations: it holds {', '.join(sorted(names)) or 'nothing'}"
+                )
+            return {name: file.get_tensor(name) for name in names if wanted(name)}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a shard of conversations: {error}") from None

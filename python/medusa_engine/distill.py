@@ -17,9 +17,10 @@ from medusa_kernels import Tree
 from medusa_kernels.launches import bind
 from medusa_kernels.verify_tree import MODES, Acceptance
 
-from .dataset import Conversation, shard_paths, write_shard
+from .dataset import Conversation, shard_paths, shard_size, write_shard
 from .model import Forward, Model
 from .tokenizer import Tokenizer
+from .train import LEAST_CONVERSATIONS
 
 SHARD_POSITIONS = 10_000
 MAX_USER_TOKENS, MAX_ANSWER_TOKENS = 64, 176
@@ -155,23 +156,38 @@ class Writer:
         return Conversation(torch.tensor(slot.ids, dtype=torch.int32), slot.answer_start, torch.stack(slot.hidden))
 
 
+def is_complete(folder: Path, positions: int) -> bool:
+    """Whether the folder's shards hold what `write_conversations` is to write."""
+    conversations, written = _held(folder)
+    return written >= positions and conversations >= LEAST_CONVERSATIONS
+
+
 def write_conversations(writer: Writer, folder: Path, positions: int, seed: int) -> None:
-    """Fills `folder` with shards until they hold `positions` answer tokens; goes on after those that are there."""
-    existing = shard_paths(folder)
-    done = len(existing) * SHARD_POSITIONS
-    with tqdm(total=positions, initial=min(done, positions), unit="tok", desc="write text", disable=None) as bar:
+    """Fills `folder` with shards until they hold `positions` answer tokens, in as many conversations as training needs;
+    goes on after those that are there.
+    """
+    number = len(shard_paths(folder))
+    conversations, written = _held(folder)
+    with tqdm(total=positions, initial=min(written, positions), unit="tok", desc="write text", disable=None) as bar:
         shard: list[Conversation] = []
         size = 0
-        for conversation in writer.conversations(seed * 1_000_003 + len(existing)):
-            if done >= positions:
+        for conversation in writer.conversations(seed * 1_000_003 + number):
+            if written >= positions and conversations >= LEAST_CONVERSATIONS:
                 return
             shard.append(conversation)
             size += len(conversation.answer)
             bar.update(len(conversation.answer))
-            if size >= SHARD_POSITIONS:
-                write_shard(folder / f"shard-{len(shard_paths(folder)):04d}.safetensors", shard)
-                done += size
+            full = size >= min(SHARD_POSITIONS, positions - written)
+            if full and conversations + len(shard) >= LEAST_CONVERSATIONS:
+                write_shard(folder / f"shard-{number:04d}.safetensors", shard)
+                number, conversations, written = number + 1, conversations + len(shard), written + size
                 shard, size = [], 0
+
+
+def _held(folder: Path) -> tuple[int, int]:
+    """Conversations and answer tokens in the folder's shards."""
+    sizes = [shard_size(path) for path in shard_paths(folder)]
+    return sum(count for count, _ in sizes), sum(tokens for _, tokens in sizes)
 
 
 def add_hidden(model: Model, conversations: list[Conversation]) -> list[Conversation]:

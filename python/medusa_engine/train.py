@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from .stepping import best_paths, tokens_per_step
 RANKS = 32  # ranks whose accuracy is measured: more than any tree of 256 nodes reads of a good head
 MAX_PATHS = 255  # a tree of 256 nodes
 HELD_OUT = 50  # every 50th conversation is held out
+LEAST_CONVERSATIONS = 2  # one is held out, one trains
 PIECE = 16  # consecutive positions that a step takes together: a step then sees many conversations, not two or three
 
 
@@ -122,6 +124,9 @@ class Trainer:
         folder: of the run; made when missing.
         lm_head, embedding: (vocab, hidden_size), the base's.
         conversations: with their hidden rows.
+
+    Raises:
+        ValueError: there is too little to train on, the folder holds another run, or this PyTorch is too old.
     """
 
     def __init__(
@@ -133,6 +138,7 @@ class Trainer:
         conversations: list[Conversation],
         device: torch.device,
     ):
+        check_torch()
         self.folder, self.options, self.device = Path(folder), options, device
         self.compute_dtype = _fast_dtype(device)
         train = [c for i, c in enumerate(conversations) if i % HELD_OUT]
@@ -148,6 +154,8 @@ class Trainer:
         self._optimizer = Optimizer(self.module, options.learning_rate, options.weight_decay)
         self.positions = sum(len(c.answer) for c in train)
         self._pieces = [(i, start) for i, c in enumerate(train) for start in range(0, len(c.answer) - 1, PIECE)]
+        if not self._pieces:
+            raise ValueError("training needs an answer of at least two tokens, and all of these are shorter")
         self.step = 0
         self.total_steps = sum(1 for epoch in range(options.epochs) for _ in self._groups(epoch))
         self._restore()
@@ -291,23 +299,52 @@ class Trainer:
             partial.unlink(missing_ok=True)
 
     def _restore(self) -> None:
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["options"] != asdict(self.options):
-            changed = [k for k, v in asdict(self.options).items() if state["options"].get(k) != v]
-            raise ValueError(
-                f"{path} is of a run with another {', '.join(changed)}: use another folder, or the same options"
-            )
-        self.module.load_state_dict(state["module"])
-        self._optimizer.restore(state["optimizer"])
-        self.step = state["step"]
+        state = saved_state(self.folder, self.options, self.device)
+        if state is not None:
+            self.module.load_state_dict(state["module"])
+            self._optimizer.restore(state["optimizer"])
+            self.step = state["step"]
 
     def _log(self, row: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def check_torch() -> None:
+    """Raises ValueError where PyTorch lacks the optimizer."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"training needs torch >= 2.9, which has the optimizer Muon, and this is {torch.__version__}: "
+            "`pip install 'medusa-kernels[train]'`"
+        )
+
+
+def saved_state(
+    folder: Path, options: TrainOptions, device: torch.device | str = "cpu", *, mmap: bool = False
+) -> dict | None:
+    """What a run with these options left in the folder; None where there was none.
+
+    Raises:
+        ValueError: it is of a run with other options, or damaged.
+    """
+    path = folder / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        saved = dict(state["options"])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} cannot be read as a run to go on with: {reason}; without it, it begins anew"
+        ) from None
+    if saved != asdict(options):
+        changed = [k for k, v in asdict(options).items() if saved.get(k) != v]
+        raise ValueError(
+            f"{path} is of a run with another {', '.join(changed)}: use another folder, or the same options"
+        )
+    return state
 
 
 def most_frequent_tokens(conversations: list[Conversation], count: int, vocab_size: int) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 
 from medusa_engine import distill
 from medusa_engine.checkpoint import open_checkpoint
-from medusa_engine.dataset import Conversation, read_shard, shard_paths
-from medusa_engine.distill import Writer, add_hidden, write_conversations
+from medusa_engine.dataset import Conversation, read_shard, shard_paths, shard_size
+from medusa_engine.distill import Writer, add_hidden, is_complete, write_conversations
 from medusa_engine.model import Model
 
 
@@ -70,6 +70,26 @@ def test_shards_are_filled_and_resumed(model, checkpoint, tmp_path, monkeypatch)
     assert shard.read_bytes() == before
     one, two = ({tuple(c.ids.tolist()) for c in read_shard(path)} for path in shard_paths(tmp_path))
     assert not one & two
+
+
+def test_no_more_is_written_than_was_asked_for(model, checkpoint, tmp_path):
+    writer = Writer(model, checkpoint.tokenizer, 4)
+    write_conversations(writer, tmp_path, 30, seed=0)
+    (path,) = shard_paths(tmp_path)
+    conversations, written = shard_size(path)
+    assert 30 <= written < 30 + distill.MAX_ANSWER_TOKENS
+    assert (conversations, written) == (len(list(read_shard(path))), sum(len(c.answer) for c in read_shard(path)))
+    assert is_complete(tmp_path, 30)
+    assert not is_complete(tmp_path, 50)
+    write_conversations(writer, tmp_path, 50, seed=0)
+    assert len(shard_paths(tmp_path)) == 2
+    assert is_complete(tmp_path, 50)
+
+
+def test_there_are_enough_conversations_to_train_on(model, checkpoint, tmp_path):
+    write_conversations(Writer(model, checkpoint.tokenizer, 2), tmp_path, 1, seed=0)
+    assert [shard_size(path)[0] for path in shard_paths(tmp_path)] == [2]
+    assert is_complete(tmp_path, 1)
 
 
 def test_a_checkpoint_without_a_chat_template_is_refused(model, checkpoint, monkeypatch):

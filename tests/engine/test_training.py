@@ -8,7 +8,7 @@ from torch.nn.functional import rms_norm
 
 from medusa_engine.dataset import Conversation, read_shard, shard_paths, write_shard
 from medusa_engine.heads_files import load_heads, save_heads
-from medusa_engine.train import RANKS, Trainer, TrainOptions, most_frequent_tokens
+from medusa_engine.train import RANKS, Trainer, TrainOptions, most_frequent_tokens, saved_state
 
 VOCAB, HIDDEN = 40, 24
 OPTIONS = TrainOptions(heads=2, layers=1, draft_vocab=32, epochs=12, batch=128, learning_rate=5e-2)
@@ -133,6 +133,30 @@ def test_a_run_with_other_options_is_refused(tmp_path, lm_head, embedding, conve
 def test_one_conversation_is_too_few(tmp_path, lm_head, embedding, conversations):
     with pytest.raises(ValueError, match="at least two conversations"):
         Trainer(tmp_path, OPTIONS, lm_head, embedding, conversations[:1], CPU)
+
+
+def test_answers_of_one_token_are_too_short(tmp_path, lm_head, embedding, conversations):
+    short = [Conversation(c.ids[:3], 2, c.hidden[:1]) for c in conversations]
+    with pytest.raises(ValueError, match="an answer of at least two tokens"):
+        Trainer(tmp_path, OPTIONS, lm_head, embedding, short, CPU)
+
+
+def test_a_pytorch_without_the_optimizer_is_named(tmp_path, lm_head, embedding, conversations, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=r"training needs torch >= 2\.9, .* and this is"):
+        Trainer(tmp_path, OPTIONS, lm_head, embedding, conversations, CPU)
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", None])
+def test_a_damaged_state_is_named(content, tmp_path):
+    path = tmp_path / "state.pt"
+    if content is None:
+        torch.save({"step": 3}, path)
+    else:
+        path.write_bytes(content)
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match=r"state\.pt cannot be read as a run to go on with: [^\n]*$"):
+            saved_state(tmp_path, OPTIONS, mmap=mmap)
 
 
 def test_ranks_name_the_place_of_the_right_token(tmp_path, lm_head, embedding, conversations):
