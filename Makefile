@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
-# Any torch >= 2.6 serves; this is the one the tests are run with.
+# Any torch >= 2.6 decodes; `medusa train`, and so the tests, need >= 2.9. This is the one the tests are run with. On Linux
+# PyPI's is a build with several GB of CUDA libraries; this takes the CPU's instead:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test TORCH=torch==2.13.0+cpu
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 
@@ -18,7 +20,7 @@ test: $(VENV)/.installed-test
 
 install: $(VENV)/.installed
 
-# torch comes first, alone: another package's request for it would fetch a build with several GB of CUDA libraries.
+# torch comes first, alone: another package's request for it would take the index's default build, whatever TORCH says.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
