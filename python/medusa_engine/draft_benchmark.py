@@ -11,7 +11,7 @@ from .benchmark import where
 from .engine import Medusa
 from .output import Output
 
-Source = tuple[str, str | int | list]
+Source = tuple[str, Medusa]
 
 
 def compare_drafts(
@@ -20,14 +20,14 @@ def compare_drafts(
     """Decodes every prompt plainly and with each source in turn, so that a slow moment hits all.
 
     Args:
-        engine: the model; its heads serve the source "medusa".
-        sources: (draft, tree) as `Medusa.with_draft` takes them.
+        engine: decodes plainly.
+        sources: what each is called, and the engine that takes its guesses: `engine.with_draft(...)`.
 
     Returns:
         A results row. `plain_tokens_per_second` and each source's `tokens_per_second` and `speedup` are medians over
         the prompts, `steps` and `tokens_per_step` totals, `equal_texts` counts the prompts answered as plainly.
     """
-    engines = [engine.with_draft(draft, tree=tree) for draft, tree in sources]
+    engines = [one for _, one in sources]
     for warm in engines:
         warm.generate(prompts[0], min(8, max_new_tokens))
     engine.generate(prompts[0], min(8, max_new_tokens), medusa=False)
@@ -47,7 +47,7 @@ def compare_drafts(
         "plain_tokens_per_second": _median(o.stats.tokens_per_second for o in plain if o.stats.steps),
         "sources": [
             {"draft": draft, **_describe(one, plain, outputs)}
-            for (draft, _), one, outputs in zip(sources, engines, guessed, strict=True)
+            for (draft, one), outputs in zip(sources, guessed, strict=True)
         ],
         **where(engines[0].model.device),
     }

@@ -29,23 +29,30 @@ def choose_drafter(
     Raises:
         ValueError: no such source, too many layers, or a draft model whose tokens are not the target's.
     """
-    name = os.fspath(draft) if isinstance(draft, (str, os.PathLike)) else None
+    name = check_word(draft)
     if name == "medusa":
         return None if heads is None else MedusaDrafter(model, heads)
     if name == "prompt-lookup":
         return PromptLookup()
-    if name and (layers := _FIRST_LAYERS.fullmatch(name)):
+    if layers := _FIRST_LAYERS.fullmatch(name):
         most = model.config.num_layers
         if not 1 <= int(layers[1]) <= most:
             raise ValueError(f"draft {name!r} asks for {layers[1]} layers; the model has 1 to {most}")
         return ModelDrafter(first_layers_of(model, int(layers[1])), first_layers=True)
-    if not name or not (name == "default" or Path(name).expanduser().exists() or _HUB_ID.fullmatch(name)):
-        raise ValueError(f"draft must be {_OPTIONS}, not {draft!r}")
     opened = open_checkpoint(name)
     _check_same_tokens(name, opened.tokenizer, checkpoint.tokenizer)
     return ModelDrafter(
         Model(opened, backend=model.backend, device=model.device, dtype=model.dtype_name, max_positions=max_positions)
     )
+
+
+def check_word(draft: object) -> str:
+    """`draft` as a str. Raises ValueError for what can be no source, whatever the model."""
+    name = os.fspath(draft) if isinstance(draft, (str, os.PathLike)) else ""
+    named = name in ("medusa", "prompt-lookup", "default") or _FIRST_LAYERS.fullmatch(name) or _HUB_ID.fullmatch(name)
+    if not named and not (name and Path(name).expanduser().exists()):
+        raise ValueError(f"draft must be {_OPTIONS}, not {draft!r}")
+    return name
 
 
 def _check_same_tokens(name: str, draft: Tokenizer, target: Tokenizer) -> None:

@@ -5,20 +5,42 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import tempfile
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from .calibration_report import has_matplotlib
 from .checkpoint import open_checkpoint
+from .config import ModelConfig
 from .dataset import Conversation, read_shard, shard_paths
-from .distill import Writer, add_hidden, write_conversations
+from .distill import Writer, add_hidden, is_complete, write_conversations
 from .heads_files import save_heads
+from .machine import choose_device
 from .model import Model
-from .train import Trainer, TrainOptions
+from .train import LEAST_CONVERSATIONS, Trainer, TrainOptions, check_torch, saved_state
 
 
-def run(
+@dataclasses.dataclass(frozen=True)
+class TrainingRun:
+    """What is decided before any work; see `prepare`.
+
+    Attributes:
+        writer: None where all text is there. given: the conversations that the user named, or None.
+        draws: whether the loss curve can be drawn.
+    """
+
+    folder: Path
+    options: TrainOptions
+    model: str
+    base: Model
+    writer: Writer | None
+    given: list[Conversation] | None
+    positions: int
+    draws: bool
+
+
+def prepare(
     folder: Path,
     *,
     model: str = "default",
@@ -36,13 +58,11 @@ def run(
     slots: int = 128,
     device: str | None = None,
     seed: int = 0,
-) -> dict:
-    """Writes conversations into folder/text (or reads `data`), trains heads in folder/run, and saves them to
-    folder/heads.
-
-    Each part goes on where an earlier call with the same arguments stopped.
+) -> TrainingRun:
+    """Loads what `run` needs, and refuses before hours of work what would end them.
 
     Args:
+        folder: of the run; made when missing.
         data: a shard, or a folder of shards; hidden rows that they lack are computed first.
         positions: answer tokens to let the model write; ignored with `data`.
         soft_labels: share of the base's own distribution in the target, against the token it chose.
@@ -50,11 +70,8 @@ def run(
         slots: conversations written at once.
         device: None is CUDA where there is one.
 
-    Returns:
-        {"heads": folder, "accuracy": [head][rank], "positions": trained on, "loss": of the last steps}.
-
     Raises:
-        ValueError: an option, the checkpoint or the data is unusable; the message says why.
+        ValueError: an option, the folder, the checkpoint or the data is unusable; the message says why.
     """
     options = TrainOptions(
         heads=num_heads,
@@ -68,18 +85,39 @@ def run(
         root=root,
         seed=seed,
     )
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_torch()
+    draws = has_matplotlib(required=False)
+    where = choose_device(device, "auto")
+    _check_writable(folder)
+    saved_state(folder / "run", options, mmap=True)
+    given = None if data is None else _read(data)
     checkpoint = open_checkpoint(model)
+    if given is not None:
+        _check_data(given, checkpoint.config, data)
     positions_limit = checkpoint.config.max_position_embeddings
     base = Model(checkpoint, backend="auto", device=where, dtype="bfloat16", max_positions=positions_limit)
-    if data is None:
-        data = folder / "text"
-        if len(shard_paths(data)) * 10_000 < positions:
-            write_conversations(Writer(base, checkpoint.tokenizer, slots), data, positions, seed)
-    conversations = _read(data)
+    writes = data is None and not is_complete(folder / "text", positions)
+    writer = Writer(base, checkpoint.tokenizer, slots) if writes else None
+    return TrainingRun(folder, options, model, base, writer, given, positions, draws)
+
+
+def run(prepared: TrainingRun) -> dict:
+    """Writes conversations into folder/text (or takes those given), trains heads in folder/run, and saves them to
+    folder/heads.
+
+    Each part goes on where an earlier call with the same arguments stopped.
+
+    Returns:
+        {"heads": folder, "accuracy": [head][rank], "positions": trained on, "loss": of the last steps}.
+    """
+    folder, base = prepared.folder, prepared.base
+    if prepared.writer is not None:
+        write_conversations(prepared.writer, folder / "text", prepared.positions, prepared.options.seed)
+    conversations = _read(folder / "text") if prepared.given is None else prepared.given
     if any(c.hidden is None for c in conversations):
         conversations = add_hidden(base, conversations)
-    trainer = Trainer(folder / "run", options, base.lm_head_source, base.embedding.cpu(), conversations, where)
+    head, embedding = base.lm_head_source, base.embedding.cpu()
+    trainer = Trainer(folder / "run", prepared.options, head, embedding, conversations, base.device)
     losses: list[float] = []
     with tqdm(total=trainer.total_steps, initial=trainer.step, desc="train", unit="step", disable=None) as bar:
 
@@ -90,17 +128,51 @@ def run(
 
         trainer.run(show)
     found = trainer.result()
-    save_heads(folder / "heads", dataclasses.replace(found, base_model_name_or_path=model))
+    save_heads(folder / "heads", dataclasses.replace(found, base_model_name_or_path=prepared.model))
     curve = _curve(folder / "run" / "log.jsonl")
     (folder / "heads" / "loss.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
-    plot_loss(curve, folder / "heads" / "loss.png")
+    if prepared.draws:
+        plot_loss(curve, folder / "heads" / "loss.png")
     return {
         "heads": str(folder / "heads"),
         "accuracy": found.metadata["accuracy"],
         "positions": trainer.positions,
-        "options": dataclasses.asdict(options),
+        "options": dataclasses.asdict(prepared.options),
         "loss": statistics.fmean(loss for _, loss in curve[-50:]),
     }
+
+
+def _check_writable(folder: Path) -> None:
+    """Makes the folder, and writes to it and to those of its parts that are there."""
+    for part in (folder, folder / "text", folder / "run", folder / "heads"):
+        try:
+            if part == folder:
+                part.mkdir(parents=True, exist_ok=True)
+            if part.exists():
+                tempfile.TemporaryFile(dir=part).close()
+        except OSError as error:
+            raise ValueError(f"{part} cannot be written to as a folder: {error.strerror}") from None
+
+
+def _check_data(conversations: list[Conversation], config: ModelConfig, data: Path) -> None:
+    if len(conversations) < LEAST_CONVERSATIONS:
+        raise ValueError(f"{data} holds {len(conversations)} conversation; training needs {LEAST_CONVERSATIONS}")
+    for conversation in conversations:
+        highest = int(conversation.ids.max())
+        if highest >= config.vocab_size:
+            raise ValueError(
+                f"{data} holds token id {highest}, and the model's are below {config.vocab_size}: it is another model's"
+            )
+        if conversation.hidden is None and len(conversation.ids) > config.max_position_embeddings:
+            raise ValueError(
+                f"{data} holds a conversation of {len(conversation.ids)} tokens; "
+                f"the model takes {config.max_position_embeddings}"
+            )
+        if conversation.hidden is not None and conversation.hidden.shape[1] != config.hidden_size:
+            raise ValueError(
+                f"{data} holds hidden rows of {conversation.hidden.shape[1]} numbers, and the model's are of "
+                f"{config.hidden_size}: it is another model's"
+            )
 
 
 def _read(data: Path) -> list[Conversation]:
@@ -118,10 +190,8 @@ def _curve(log: Path) -> list[tuple[int, float]]:
 
 def plot_loss(curve: list[tuple[int, float]], path: Path) -> None:
     """The loss of every step and its running mean, as a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("the loss curve as PNG needs `pip install 'medusa-kernels[train]'`") from None
+    from matplotlib.figure import Figure
+
     steps, losses = zip(*curve, strict=True)
     window = max(1, len(losses) // 50)
     mean = [statistics.fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]

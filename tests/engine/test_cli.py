@@ -1,7 +1,9 @@
 """The command line: what it prints, its exit codes, and one line for each mistake."""
 
+import errno
 import io
 import json
+import os
 import re
 import resource
 import shlex
@@ -11,10 +13,14 @@ import sys
 import click
 import pytest
 
-from medusa_engine import Medusa
-from medusa_engine.cli import cli, main
+from medusa_engine import Medusa, benchmark, cli_options
+from medusa_engine.cli import cli
 from medusa_engine.cli_options import parse_tree
+from medusa_engine.cli_tree import FORMS
+from medusa_engine.decode import Decoder
+from medusa_engine.model import DTYPES
 from medusa_kernels import Tree
+from medusa_kernels.verify_tree import BACKENDS, MODES
 from tests.engine.models import FOLDER, counting_heads_folder, spoken, write_counting
 
 MODEL = ["--model", str(write_counting(FOLDER / "cli", max_position_embeddings=1024)), "--dtype", "float32"]
@@ -53,6 +59,11 @@ def test_every_help_shows_an_example_that_parses(path, medusa):
         "medusa", words, parent=cli.make_context("medusa", [])
     )  # raises for an option or argument that is not there
     assert medusa(*path, "-h")[1] == out
+
+
+@pytest.mark.parametrize("path", [(), ("tree",), ("models",)], ids=" ".join)
+def test_no_summary_is_cut(path, medusa):
+    assert "..." not in medusa(*path, "--help")[1].split("Commands:")[1]
 
 
 VERBS = [path for path, command in COMMANDS.items() if not isinstance(command, click.Group)]
@@ -164,6 +175,7 @@ def test_generate_reads_standard_input(medusa, monkeypatch):
         (["--device", "cpu", "--max-seqlen", "5", "-n", "4"], "bcde"),
         (["--mode", "lossless", "--temperature", "0.1", "--seed", "1", "-n", "4"], "bcde"),
         (["--mode", "lossless", "--top-k", "1", "--top-p", "0.5", "-n", "4"], "bcde"),
+        (["--mode", "typical", "--posterior-threshold", "0.5", "--posterior-alpha", "0.9", "-n", "4"], "bcde"),
     ],
     ids=" ".join,
 )
@@ -208,7 +220,15 @@ def test_tree_show(medusa):
 
 
 def test_tree_list(medusa):
-    assert medusa("tree", "list")[1].splitlines() == json.loads(medusa("tree", "list", "--json")[1]) == Tree.names()
+    lines = medusa("tree", "list")[1].splitlines()
+    assert [line.split()[0] for line in lines] == [*FORMS, *Tree.names()]
+    assert json.loads(medusa("tree", "list", "--json")[1]) == {"forms": FORMS, "names": Tree.names()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_listed_is_a_tree(form):
+    text = form.replace("AxBxC", "4x3x2").replace("N", "16").replace("K", "3")
+    cli_options.check_tree(parse_tree(text))
 
 
 def test_parse_tree():
@@ -229,39 +249,22 @@ def test_models(medusa, default_model, monkeypatch, tmp_path):
 
 # mistakes
 
+RIGHT = ["generate", "a", *MODEL, *HEADS]
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["frobnicate"], "No such command 'frobnicate'"),
-        (["--frobnicate"], "No such option"),
-        (["generate"], "Missing argument 'PROMPT'"),
-        (["generate", "a", "b"], "unexpected extra argument"),
-        (["generate", "a", "-n", "many"], "'many' is not a valid integer"),
         (["generate", "a", "--model", "/no/such"], "/no/such: no such file or folder"),
         (["generate", "a", *MODEL], "this model has no Medusa heads"),
         (["generate", "a", *MODEL, "--heads", "/no/such"], "no heads at /no/such"),
-        (["generate", "", *MODEL, *HEADS], "prompt is empty"),
-        (["generate", "a", *MODEL, *HEADS, "-n", "0"], "max_new_tokens must be an int of at least 1, not 0"),
-        (
-            ["generate", "a", *MODEL, *HEADS, "-n", "5000"],
-            "prompt of 1 tokens + max_new_tokens 5000 exceeds max_seqlen 1024",
-        ),
-        (["generate", "a", *MODEL, *HEADS, "--max-seqlen", "9999"], "max_seqlen 9999 is more than the model allows"),
-        (["generate", "a", *MODEL, *HEADS, "--dtype", "int4"], "dtype on cpu must be one of"),
-        (["generate", "a", *MODEL, *HEADS, "--backend", "tpu"], "backend must be 'auto' or one of"),
-        (["generate", "a", *MODEL, *HEADS, "--device", "toaster"], "device must be a CPU or CUDA device"),
-        (["generate", "a", *MODEL, *HEADS, "--tree", "oak"], "name 'oak' is no known tree"),
-        (["generate", "a", *MODEL, *HEADS, "--tree", "[[0]"], "--tree is no valid JSON list of choices"),
-        (["generate", "a", *MODEL, *HEADS, "--tree", "0"], "between 1 and 256, not 0"),
-        (["generate", "a", *MODEL, *HEADS, "--temperature", "0.7"], "use mode='lossless' to sample"),
-        (["generate", "a", *MODEL, *HEADS, "--mode", "beam"], "mode must be one of"),
-        (["generate", "a", *MODEL, *HEADS, "--stop", ""], "stop must be a non-empty string"),
-        (["tree", "show"], "Missing argument 'NAME'"),
-        (["tree", "show", "chain"], "name 'chain' is no known tree"),
-        (["tree", "show", "[[0, 0]]"], "its parent [0] is missing"),
-        (["bench", *MODEL, *HEADS, "--prompts", "/no/such"], "there is no file '/no/such'"),
-        (["models", "remove"], "No such command 'remove'"),
+        ([*RIGHT, "-n", "5000"], "prompt of 1 tokens + max_new_tokens 5000 exceeds max_seqlen 1024"),
+        ([*RIGHT, "-n", "5000", "--json"], "prompt of 1 tokens + max_new_tokens 5000 exceeds max_seqlen 1024"),
+        ([*RIGHT, "--max-seqlen", "9999"], "max_seqlen 9999 is more than the model allows"),
+        ([*RIGHT, "--device", "toaster"], "device must be a CPU or CUDA device"),
+        ([*RIGHT, "--draft", "prompt-lookup"], "heads are for draft='medusa'"),
+        (["bench", *MODEL, *HEADS, "-n", "5000", "--limit", "1"], "exceeds max_seqlen 1024"),
+        (["bench", *MODEL, "--drafts", "prompt-lookup,first-layers:9"], "asks for 9 layers; the model has 1 to"),
     ],
     ids=lambda case: " ".join(case[:2] + case[-2:]) if isinstance(case, list) else None,
 )
@@ -271,6 +274,82 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, medusa):
     assert err.startswith("medusa: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["--frobnicate"], "No such option"),
+        (["generate"], "Missing argument 'PROMPT'"),
+        (["generate", "a", "b"], "unexpected extra argument"),
+        (["generate", "a", "-n", "many"], "'many' is not a valid integer"),
+        (["generate", ""], "Invalid value for 'PROMPT': it is empty"),
+        (["generate", "a", "-n", "0"], "0 is not in the range x>=1"),
+        (["generate", "a", "--max-seqlen", "1"], "1 is not in the range x>=2"),
+        (["generate", "a", "--dtype", "int4"], "'int4' is not one of 'float32', 'bfloat16', 'float16', 'int8'"),
+        (["generate", "a", "--backend", "tpu"], "'tpu' is not one of 'auto', 'reference', 'cpu', 'cuda', 'triton'"),
+        (["generate", "a", "--draft", "magic"], "draft must be 'medusa', 'prompt-lookup', 'first-layers:N' or"),
+        (["generate", "a", "--tree", "oak"], "name 'oak' is no known tree"),
+        (["generate", "a", "--tree", "[[0]"], "'[[0]' is no valid JSON list of choices"),
+        (["generate", "a", "--tree", "[0]"], "choices[0] is int 0"),
+        (["generate", "a", "--tree", "[[0, 0]]"], "its parent [0] is missing"),
+        (["generate", "a", "--tree", "0"], "between 1 and 256, not 0"),
+        (["generate", "a", "--tree", "dynamic-999"], "between 1 and 256, not 999"),
+        (
+            ["generate", "a", "--tree", "dynamic-8", "--draft", "prompt-lookup"],
+            "needs the probabilities of Medusa heads",
+        ),
+        (["generate", "a", "--temperature", "0.7"], "use mode='lossless' to sample"),
+        (["generate", "a", "--temperature", "nan"], "nan is no finite number"),
+        (
+            ["generate", "a", "--mode", "lossless", "--temperature", "1e-9"],
+            "temperature must be 0 (greedy) or at least",
+        ),
+        (["generate", "a", "--mode", "lossless", "--top-p", "0"], "0.0 is not in the range 0<x<=1"),
+        (["generate", "a", "--mode", "lossless", "--top-k", "-1"], "-1 is not in the range x>=0"),
+        (["generate", "a", "--mode", "beam"], "'beam' is not one of 'greedy', 'typical', 'lossless'"),
+        (["generate", "a", "--posterior-alpha", "0.2"], "--posterior-alpha has no effect with --mode greedy"),
+        (["generate", "a", "--mode", "typical", "--posterior-threshold", "-1"], "-1.0 is not in the range x>=0"),
+        (["generate", "a", "--stop", ""], "a text to end before must not be empty"),
+        (["tree", "show"], "Missing argument 'NAME'"),
+        (["tree", "show", "chain"], "name 'chain' is no known tree"),
+        (["tree", "show", "[[0, 0]]"], "its parent [0] is missing"),
+        (["tree", "show", "[[0]"], "no valid JSON list of choices"),
+        (["bench", "--prompts", "/no/such"], "there is no file '/no/such'"),
+        (["bench", "-n", "1"], "1 is not in the range x>=2"),
+        (["bench", "--drafts", "medusa,oak@4"], "draft must be"),
+        (["bench", "--drafts", "medusa@oak"], "name 'oak' is no known tree"),
+        (["bench", "--drafts", "medusa", "--tree", "4"], "--tree cannot be given with --drafts"),
+        (["bench", "--drafts", "medusa", "--draft", "medusa"], "--draft cannot be given with --drafts"),
+        (["bench", "--output", f"{__file__}/rows.jsonl"], "test_cli.py is no folder"),
+        (["verify", "--transformers", "--dtype", "int8"], "transformers has no weights of dtype 'int8'"),
+        (["calibrate", "-n", "1"], "1 is not in the range x>=2"),
+        (["calibrate", "--plot", f"{__file__}/a.png"], "test_cli.py is no folder"),
+        (["trace", "a", "-o", "/no/such/page.html"], "there is no folder /no/such"),
+        (["models", "remove"], "No such command 'remove'"),
+    ],
+    ids=lambda case: " ".join(case[:2] + case[-2:]) if isinstance(case, list) else None,
+)
+def test_what_the_words_alone_say_costs_no_model(arguments, message, medusa, monkeypatch):
+    monkeypatch.setattr(Medusa, "from_pretrained", None)
+    test_a_mistake_is_one_line_and_exit_code_2(arguments, message, medusa)
+
+
+def test_a_file_that_may_not_be_written_is_said_before_any_work(medusa, monkeypatch, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    monkeypatch.setattr(Medusa, "from_pretrained", None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for path, there in ((tmp_path / "rows.jsonl", tmp_path / "rows.jsonl"), (tmp_path / "a" / "b.jsonl", tmp_path)):
+        code, _, err = medusa("bench", "--output", path)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{path} cannot be written: {there} does not permit it" in err
+
+
+def test_words_are_those_of_the_engine():
+    assert cli_options.MODES == MODES
+    assert set(cli_options.DTYPES) == set(DTYPES)
+    assert {"auto", *BACKENDS} == set(cli_options.BACKENDS)
 
 
 def test_no_network_is_a_clear_error(medusa, monkeypatch, tmp_path):
@@ -293,11 +372,39 @@ def test_ctrl_c(medusa, monkeypatch):
     assert (code, err.strip()) == (130, "medusa: interrupted")
 
 
-def test_a_bug_is_not_called_a_mistake(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_a_bug_is_not_called_a_mistake(error, medusa, monkeypatch):
+    """Of loading, where what the user can get wrong is a ValueError."""
+
     def broken(*_, **__):
-        raise RuntimeError("a bug")
+        raise error("a bug")
 
     monkeypatch.setattr(Medusa, "from_pretrained", broken)
-    monkeypatch.setattr(sys, "argv", ["medusa", "generate", "a"])
-    with pytest.raises(RuntimeError, match="a bug"):
-        main()
+    with pytest.raises(error, match="a bug"):
+        medusa("generate", "a")
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+@pytest.mark.parametrize("verb", ["generate", "generate --json", "bench", "verify", "trace"])
+def test_a_bug_in_a_step_shows_its_traceback(verb, error, medusa, monkeypatch, tmp_path):
+    def broken(_):
+        raise error("a bug")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Decoder, "propose", broken)
+    name, *options = verb.split()
+    what = ["a"] if name in ("generate", "trace") else ["--limit", "1"]
+    with pytest.raises(error, match="a bug"):
+        medusa(name, *what, *MODEL, *HEADS, "-n", 9, *options)
+
+
+def test_a_full_disk_is_one_line_and_takes_no_result(medusa, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(benchmark, "append_row", full)
+    (tmp_path / "prompts.txt").write_text("a\n")
+    common = [*MODEL, *HEADS, "-n", 9, "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "rows.jsonl"]
+    code, out, err = medusa("bench", *common, "--json")
+    assert (code, json.loads(out)["num_prompts"]) == (2, 1)
+    assert err == "medusa: [Errno 28] No space left on device\n"

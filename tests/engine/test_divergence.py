@@ -211,7 +211,8 @@ def test_the_command_finds_near_ties_only(command, monkeypatch):
     [
         (["--prompts", "/no/such"], "there is no file '/no/such'"),
         (["--dtype", "int8", "--transformers"], "transformers has no weights of dtype 'int8'"),
-        (["-n", "0"], "max_new_tokens must be an int of at least 1"),
+        (["-n", "0"], "0 is not in the range x>=1"),
+        (["-n", "500"], "exceeds max_seqlen"),
         (["--batch", "0"], "0 is not in the range x>=1"),
     ],
 )

@@ -292,8 +292,8 @@ def test_the_command(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "-o", "/no/such/page.html"], "No such file or directory"),
-        (["", "-n", "3"], "prompt is empty"),
+        (["a", "-o", "/no/such/page.html"], "/no/such/page.html cannot be written: there is no folder /no/such"),
+        (["", "-n", "3"], "Invalid value for 'PROMPT': it is empty"),
         (["a", "--temperature", "0.5"], "use mode='lossless' to sample"),
     ],
 )

@@ -91,4 +91,4 @@ def test_the_command(show, tmp_path):
 def test_a_file_that_cannot_be_written(show, tmp_path):
     code, out, err = show("4x3x2", "--svg", tmp_path / "no" / "tree.svg")
     assert (code, out) == (2, "")
-    assert "No such file or directory" in err
+    assert "there is no folder" in err
