@@ -184,7 +184,8 @@ def tested(file: str, backend: str, deadline: float, folder: Path) -> tuple[dict
     command = python("-m", "pytest", file, "-k", backend, "-vv", "--tb=short", "-p", "no:cacheprovider")
     if importlib.util.find_spec("xdist") and file in WIDEST:
         command += ["-n", "4"]
-    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    # As many processes as there are cores: threads of theirs would stand in each other's way.
+    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2"}
     code = run_until([*command, f"--rootdir={ROOT}"], deadline, log=log, env=env)
     output = log.read_text(errors="replace")
     if code == 5:  # pytest: nothing was selected
