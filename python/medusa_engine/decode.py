@@ -41,6 +41,10 @@ class Outcome(NamedTuple):
         parts = zip(block.split([_room(shape) for shape in shapes]), shapes, strict=True)
         return cls(block, *(part[: math.prod(shape)].view(shape) for part, shape in parts))
 
+    def emitted(self) -> list[list[int]]:
+        """The tokens that each sequence gained, in order; waits for the device."""
+        return self.read(self.block.cpu())
+
     def read(self, host: Tensor) -> list[list[int]]:
         """The tokens that each sequence gained, in order, from a copy of the block on the host."""
         flat = host.tolist()
@@ -188,7 +192,7 @@ class Decoder:
 
     def emitted(self) -> list[list[int]]:
         """The tokens that each sequence gains by the step just accepted, in order."""
-        return self.outcome.read(self.outcome.block.cpu())
+        return self.outcome.emitted()
 
     @property
     def _fused(self) -> bool:

@@ -56,7 +56,10 @@ class ModelDraft:
     capturable = True
 
     def __init__(self, drafter: ModelDrafter, decoder: Decoder):
-        self._decoder, self._model = decoder, drafter.model
+        self._model = drafter.model
+        # And not the decoder, whose cache would then outlive it.
+        self._tree_tokens, self._accept_length = decoder.tree_tokens, decoder.accept_length
+        self._committed = decoder.cache.seqlens
         model, batch, device = drafter.model, decoder.batch, drafter.model.device
         self._behind = 0 if drafter.first_layers else 1
         if drafter.first_layers:
@@ -82,8 +85,8 @@ class ModelDraft:
             self._last_token[b] = known[-1]
 
     def propose(self) -> None:
-        tokens, seqlens, forward = self._decoder.tree_tokens, self._cache.seqlens, self._first
-        seqlens.copy_(self._decoder.cache.seqlens - self._behind).clamp_(min=0)  # a retired sequence has no row behind
+        tokens, seqlens, forward = self._tree_tokens, self._cache.seqlens, self._first
+        seqlens.copy_(self._committed - self._behind).clamp_(min=0)  # a retired sequence has no row behind
         forward.tokens[:, 0] = self._last_token
         forward.tokens[:, -1] = tokens[:, 0].clamp(max=self._shared_vocab - 1)
         for depth in range(1, tokens.shape[1]):
@@ -98,6 +101,6 @@ class ModelDraft:
 
     def advance(self) -> None:
         if self._behind:
-            accepted = self._decoder.accept_length.long()[:, None]  # on a chain, the last accepted node
-            last = self._decoder.tree_tokens.gather(1, accepted)[:, 0]
+            accepted = self._accept_length.long()[:, None]  # on a chain, the last accepted node
+            last = self._tree_tokens.gather(1, accepted)[:, 0]
             self._last_token.copy_(last.clamp(max=self._shared_vocab - 1))

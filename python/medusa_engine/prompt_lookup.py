@@ -59,21 +59,21 @@ class PromptLookupDraft:
     capturable = False
 
     def __init__(self, decoder: Decoder):
-        self._decoder = decoder
+        self._outcome = decoder.outcome  # and not the decoder, whose cache would then outlive it
         self._texts: list[Repetitions] = []
 
     def start(self, prompts: list[list[int]]) -> None:
         self._texts = [Repetitions() for _ in prompts]
-        for text, prompt, first in zip(self._texts, prompts, self._decoder.next_token.tolist(), strict=True):
+        for text, prompt, first in zip(self._texts, prompts, self._outcome.next_token.tolist(), strict=True):
             text.extend([*prompt, first])
 
     def propose(self) -> None:
-        tokens = self._decoder.tree_tokens
+        tokens = self._outcome.tree_tokens
         count = tokens.shape[1] - 1
         # A node has to hold some token; with nothing found, 0 is as good a guess as any.
         guesses = [text.continuation(count) or [0] * count for text in self._texts]
         tokens[:, 1:] = torch.tensor(guesses, dtype=torch.int32)
 
     def advance(self) -> None:
-        for text, gained in zip(self._texts, self._decoder.emitted(), strict=True):
+        for text, gained in zip(self._texts, self._outcome.emitted(), strict=True):
             text.extend(gained)

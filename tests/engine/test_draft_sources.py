@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import weakref
 from functools import cache
 
 import pytest
@@ -185,6 +186,18 @@ def test_a_draft_that_is_the_model_is_always_right():
     for draft in ("first-layers:2", str(random_folder())):
         out = target().with_draft(draft, tree="chain-4").generate(PROMPTS, 31)
         assert {s.tokens_per_step for s in out.stats.per_sequence} == {5.0}
+
+
+def test_a_decoder_goes_with_its_last_user():
+    """A draft that kept its decoder would keep the cache too, until the garbage collector came by."""
+    for draft in ("prompt-lookup", "first-layers:1", noisy_folder()):
+        engine = target().with_draft(draft)
+        decoder = Decoder(engine.model, engine._drafter, Tree.named("chain-2"), batch=1, max_seqlen=64)
+        decoder.start([PROMPTS[0]], None)
+        decoder.step()
+        gone = weakref.ref(decoder)
+        del decoder
+        assert gone() is None
 
 
 def test_first_layers_copy_no_weight():
