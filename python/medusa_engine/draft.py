@@ -6,7 +6,8 @@ drawn from q with probability min(1, p(x) / q(x)) and else draws from the normal
 one guess d, that is: d with probability p(d), else a token from p without d. Drawing a token from p and keeping the
 guess where it matches is the same rule: the token is d with probability p(d), and else has p's distribution without d.
 With a seed the token drawn at a position is plain sampling's own, so the text is too, token for token. A source that
-samples would accept more often where p is flat, by the sum of min(p, q), and lose that.
+samples would be right more often where p is flat, by the sum of min(p, q), and lose that; `bench.speculation` measures
+how much more often, and that sampling with the position's own number, which would keep it, gains nothing.
 """
 
 from __future__ import annotations
