@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from bench import _timing, ops
 from medusa_kernels.launches import bind, resolve_all
+from medusa_kernels.linear import FEW_ROWS, ROW_INVARIANT
 
 from . import attention_rivals, geometry
 from .harness import Case, Options
@@ -78,7 +79,7 @@ SMALL: list[Shape] = [
 ]  # fmt: skip
 LINEARS: list[Shape] = [
     *(("linear", f"linear {model} {name} r{rows}", "bf16", dict(rows=rows, inputs=inputs, outputs=outputs))
-      for rows in (1, 16, 64, 256)
+      for rows in (1, 16, 32, 64, 256)
       for model, config in geometry.GEOMETRIES.items()
       for name, (outputs, inputs) in geometry.linears(config).items()),
 ]  # fmt: skip
@@ -157,7 +158,11 @@ def ours(op: str, work: ops.Work, device: str) -> dict[str, Callable[[], Run]]:
     """The backends that have the op; one that cannot run says why when it is prepared."""
     has = importlib.import_module(f"medusa_kernels.{op}").BACKENDS
     names = BACKENDS if device == "cuda" else ("cpu",)
-    return {name: functools.partial(ops.call, op, name, device, work) for name in names if name in has}
+    found = {name: functools.partial(ops.call, op, name, device, work) for name in names if name in has}
+    if op == "linear" and device == "cuda" and len(work.arguments[0]) >= FEW_ROWS:
+        # Where our own kernel stops and PyTorch's product begins is to be seen here.
+        found["cuda, row-invariant"] = functools.partial(bind, ROW_INVARIANT["cuda"], *work.arguments)
+    return found
 
 
 def difference(op: str, work: ops.Work, run: Callable[[], object], reference: Callable[[], None]) -> str:
