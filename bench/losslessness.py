@@ -138,7 +138,7 @@ def prove_uniform(engine: Medusa, prompts: list[str], seeds: int, tokens: int, c
     """Samples `seeds` texts of each prompt by `options` and tests their places."""
     tokenizer, found, generator = engine.tokenizer, [], torch.Generator().manual_seed(0)
     for i, prompt in enumerate(tqdm(prompts, desc=f"uniform, {options['mode']}", disable=None)):
-        ids = (tokenizer.encode_chat if tokenizer.has_chat_template else tokenizer.encode)(prompt)
+        ids = tokenizer.encode_prompt(prompt)
         own = list(range(i * seeds, (i + 1) * seeds))  # texts of one seed would be drawn by the same numbers
         for text in engine.generate([ids] * seeds, tokens, seed=own, **options, **cut).token_ids:
             found.append(places(text_weights(engine, ids, text, cut), text, generator))

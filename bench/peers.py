@@ -315,7 +315,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     tokenizer = open_checkpoint("default").tokenizer
-    prompts = [tokenizer.encode_chat(text) for text in args.texts]
+    prompts = [tokenizer.encode_prompt(text) for text in args.texts]
     context = -(-(max(map(len, prompts)) + args.max_new_tokens) // 256) * 256
     results = compete(
         lambda contestant: Worker.of(Spec(contestant, args.threads, context, args.tree)),

@@ -43,7 +43,7 @@ def measure(
     """An entry per draft: the means, and how many positions they are over."""
     texts = []
     for seed, prompt in enumerate(prompts):
-        ids = engine.tokenizer.encode_chat(prompt)
+        ids = engine.tokenizer.encode_prompt(prompt)
         out = engine.generate(ids, tokens, mode="lossless", temperature=temperature, seed=seed)
         texts.append((len(ids), torch.tensor(ids + out.token_ids, dtype=torch.int32)))
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .tree import MAX_NODES as MAX_NODES
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_NODES = 256
 MAX_HEAD_DIM = 256
 
 

@@ -191,7 +191,7 @@ class Tree:
 
         The padding is -1 and not 0 because 0 is a real node: Medusa's own 0 lets a padded column accept a token.
         """
-        leaves = [node for node, children in enumerate(self._children) if not children]
+        leaves = [node for node, children in enumerate(self.children) if not children]
         rows = torch.full((len(leaves), self.max_depth + 1), -1, dtype=torch.int32)
         for row, leaf in enumerate(leaves):
             line = [leaf]
@@ -201,7 +201,8 @@ class Tree:
         return rows
 
     @cached_property
-    def _children(self) -> list[list[int]]:
+    def children(self) -> list[list[int]]:
+        """Of each node, the nodes whose parent it is, in their order."""
         children: list[list[int]] = [[] for _ in range(self.num_nodes)]
         for node, parent in enumerate(self._parent_ids[1:], start=1):
             children[parent].append(node)
@@ -258,8 +259,8 @@ class Tree:
         while stack:
             node, branch, indent = stack.pop()
             yield node, branch
-            for child in reversed(self._children[node]):
-                last = child == self._children[node][-1]
+            for child in reversed(self.children[node]):
+                last = child == self.children[node][-1]
                 stack.append((child, indent + ("└─ " if last else "├─ "), indent + ("   " if last else "│  ")))
 
     def __eq__(self, other: object) -> bool:
@@ -298,6 +299,14 @@ def _most_probable_paths(rows: list[list[float]]) -> Iterator[Path]:
         yield path
         push(path[:-1], parent_probability, position + 1)
         push(path, -negated, 0)
+
+
+def deepest(parents: Sequence[int]) -> int:
+    """The depth of a tree's deepest node; a parent that is no earlier node stands for the root's."""
+    depths: list[int] = []
+    for node, parent in enumerate(parents):
+        depths.append(depths[parent] + 1 if 0 <= parent < node else 0)
+    return max(depths)
 
 
 def _dense_paths(name: str) -> tuple[Path, ...]:

@@ -16,6 +16,7 @@ from ._library import custom_op
 from .native import with_workspace
 from .native.verify_tree import arguments
 from .reference import verify_tree as reference
+from .tree import deepest
 
 MODES = ("greedy", "typical", "lossless")
 MIN_TEMPERATURE = 1e-5  # below it logits / temperature may overflow fp32
@@ -225,18 +226,10 @@ def _seed(batch: int, seed: int | Sequence[int] | Tensor | None) -> int | list[i
 
 
 def _depth(parents: Tensor) -> int:
-    """Largest depth of any tree in `parents`: a loop over nodes on the host, which a driver avoids by passing
-    max_depth.
-    """
+    """Largest depth of any tree in `parents`: work on the host, which a driver avoids by passing max_depth."""
     if parents.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError("max_depth must be given when parents is on the device and a CUDA graph is being captured")
-    deepest = 0
-    for row in parents.reshape(-1, parents.shape[-1]).tolist():
-        depths: list[int] = []
-        for node, parent in enumerate(row):
-            depths.append(depths[parent] + 1 if 0 <= parent < node else 0)
-        deepest = max(deepest, *depths)
-    return deepest
+    return max(map(deepest, parents.reshape(-1, parents.shape[-1]).tolist()))
 
 
 def checked_tree(
@@ -247,10 +240,10 @@ def checked_tree(
     if _check.values_wanted(device):
         _check.all_between("tree_tokens", tree_tokens, 0, vocab - 1)
     on_device = _check.parents(parents, batch, n, device)
-    deepest = _depth(parents) if max_depth is None or _check.values_wanted(device) else 0
-    max_depth = _check.integer("max_depth", deepest if max_depth is None else max_depth, 0, _check.MAX_NODES - 1)
-    if max_depth < deepest:
-        raise ValueError(f"max_depth must be at least the tree's depth {deepest}, not {max_depth}")
+    depth = _depth(parents) if max_depth is None or _check.values_wanted(device) else 0
+    max_depth = _check.integer("max_depth", depth if max_depth is None else max_depth, 0, _check.MAX_NODES - 1)
+    if max_depth < depth:
+        raise ValueError(f"max_depth must be at least the tree's depth {depth}, not {max_depth}")
     accepted_nodes = torch.empty(batch, max_depth + 1, dtype=torch.int32, device=device)
     accept_length = torch.empty(batch, dtype=torch.int32, device=device)
     next_token = torch.empty(batch, dtype=torch.int32, device=device)

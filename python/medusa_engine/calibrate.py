@@ -91,7 +91,7 @@ def calibrate(
     context = context or min(CONTEXT, engine.max_seqlen - 1)
     drafter = MedusaDrafter(engine.model, engine.heads)
     path = calibration.locate(engine.model, drafter)
-    ids = [_encode(engine, prompt) for prompt in prompts]
+    ids = [engine.tokenizer.encode_prompt(prompt) for prompt in prompts]
     known = _readable(path)
     digest = hashlib.sha256(json.dumps([ids, max_new_tokens]).encode()).hexdigest()[:16]
     if known is None or known.about["text"] != digest:
@@ -167,11 +167,6 @@ def _readable(path: Path) -> Calibration | None:
         return calibration.read(path)
     except ValueError:  # absent, or damaged: measured anew either way
         return None
-
-
-def _encode(engine: Medusa, prompt: str) -> list[int]:
-    tokenizer = engine.tokenizer
-    return tokenizer.encode_chat(prompt) if tokenizer.has_chat_template else tokenizer.encode(prompt)
 
 
 # How often the heads are right

@@ -298,10 +298,8 @@ class Medusa:
             raise ValueError(f"{name} is empty")
         if not isinstance(prompt, str):
             ids = [int(t) for t in prompt]
-        elif chat and self.tokenizer.has_chat_template:
-            ids = self.tokenizer.encode_chat(prompt)
         else:
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode_prompt(prompt, chat)
         if not ids:
             raise ValueError(f"{name} has no tokens: {prompt!r:.80}")
         vocab = self.model.config.vocab_size  # a tokenizer may know more: tokens added without rows in the embedding

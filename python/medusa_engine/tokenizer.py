@@ -141,6 +141,10 @@ class Tokenizer:
             raise ValueError(f"text holds an unpaired surrogate at character {error.start}: not Unicode text") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def encode_prompt(self, text: str, chat: bool = True) -> list[int]:
+        """Token ids of a user's message, through the chat template if there is one and it is wanted."""
+        return self.encode_chat(text) if chat and self.has_chat_template else self.encode(text)
+
     def vocabulary(self) -> dict[str, int]:
         """Every token as the vocabulary spells it, added ones too, and its id."""
         return self._backend.get_vocab(with_added_tokens=True)

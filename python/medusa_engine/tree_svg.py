@@ -40,11 +40,7 @@ def layout(tree: Tree) -> list[tuple[int, int]]:
 
     The path of best guesses is therefore the straight line along the top, and no two nodes share a place.
     """
-    parents = tree.parents.tolist()
-    children: list[list[int]] = [[] for _ in parents]
-    for node, parent in enumerate(parents[1:], start=1):
-        children[parent].append(node)
-    rows = [0] * len(parents)
+    children, rows = tree.children, [0] * tree.num_nodes
     leaves = 0
     stack = [0]
     while stack:
