@@ -216,11 +216,11 @@ def test_a_temperature_without_evidence_is_one():
 @pytest.mark.parametrize("draft_vocab", [None, 40])
 def test_real_heads_and_a_reduced_vocabulary(draft_vocab, monkeypatch, tmp_path):
     """Every number of a random model's calibration against its heads run in plain PyTorch."""
-    monkeypatch.setattr(calibrate, "_encode", lambda engine, prompt: prompt)  # that tokenizer knows no text
     base, prompts = random_model("llama"), list(PROMPTS_OF_IDS)
     heads = fitted_heads(base, prompts, num_heads=2, draft_vocab=draft_vocab)
     save_heads(tmp_path / "heads", heads, dtype=torch.float32)
     engine = Medusa.from_pretrained(random_folder(), tmp_path / "heads", dtype="float32")
+    monkeypatch.setattr(engine.tokenizer, "encode_prompt", lambda prompt: prompt)  # it knows no text
     answers = [engine.generate(prompt, 30, medusa=False).token_ids for prompt in prompts]
     vocab = 96 if draft_vocab is None else draft_vocab
     hits = torch.zeros(2, vocab)
