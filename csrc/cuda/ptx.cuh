@@ -83,26 +83,44 @@ __device__ __forceinline__ void prefetch_l2(const void* p) {
 #endif
 }
 
+// ---- devices ----
+
+// What `ask(device)`, never 0, answers for the current device: asked once a device, since launches come often and a
+// graph capture must not wait for the answer. 0 where there is no such device. Each use has a `known` of its own.
+constexpr int kDevices = 64;
+template <class Ask>
+int of_current_device(std::atomic<int> (&known)[kDevices], const Ask& ask) {
+  int device = kDevices;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 0;
+  int answer = known[device].load(std::memory_order_relaxed);
+  if (!answer) known[device].store(answer = ask(device), std::memory_order_relaxed);
+  return answer;
+}
+
+// Streaming multiprocessors of the current device.
+inline int sm_count() {
+  static std::atomic<int> known[kDevices];
+  const int count = of_current_device(known, [](int device) {
+    int result = 0;
+    return cudaDeviceGetAttribute(&result, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? result : 1;
+  });
+  return count ? count : 1;
+}
+
 // ---- launch ----
 
 // Whether the code that the current device runs was compiled for sm_90 or later and so has the wait: a newer device may
-// run what was made from an older architecture's PTX. All kernels are compiled alike, so each device is asked once.
+// run what was made from an older architecture's PTX. All kernels are compiled alike.
 // MEDUSA_OVERLAP=0 in the environment answers no: kernels one after another, to measure what the overlap gains.
 inline bool kernels_wait(const void* kernel) {
   static const char* const wanted = std::getenv("MEDUSA_OVERLAP");
   if (wanted && *wanted == '0') return false;
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not asked yet; 1: no; 2: yes
-  int device = kDevices;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (!answer) {
-    cudaFuncAttributes code = {};
-    if (cudaFuncGetAttributes(&code, kernel) != cudaSuccess) return false;
-    answer = code.ptxVersion >= 90 ? 2 : 1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer == 2;
+  constexpr int kNo = 1, kYes = 2;
+  static std::atomic<int> known[kDevices];
+  return of_current_device(known, [&](int) {
+           cudaFuncAttributes code = {};
+           return cudaFuncGetAttributes(&code, kernel) == cudaSuccess && code.ptxVersion >= 90 ? kYes : kNo;
+         }) == kYes;
 }
 
 // Enqueues kernel(args...) on `stream` and returns the cudaError_t. Shared memory beyond 48 KB is asked for here.
@@ -126,17 +144,6 @@ int launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes
     config.numAttrs = 1;
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
-}
-
-// Streaming multiprocessors of the current device; asked once, since a graph capture must not wait for the answer.
-inline int sm_count() {
-  static const int count = [] {
-    int device = 0, result = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&result, cudaDevAttrMultiProcessorCount, device);
-    return result ? result : 1;
-  }();
-  return count;
 }
 
 // ---- shared memory ----
