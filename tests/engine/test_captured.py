@@ -205,6 +205,11 @@ def test_run_ahead_never_leaves_its_rows(lag, monkeypatch):
     assert -6 < max(most) <= 0
 
 
+def bits(value: torch.Tensor) -> torch.Tensor:
+    """What was never written may hold NaN, which equals nothing."""
+    return value.flatten().view(torch.uint8)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("options", SAMPLED[:2], ids=["greedy", "lossless"])
 def test_a_step_needs_no_host_and_a_capture_changes_nothing(load, source, options):
@@ -220,9 +225,8 @@ def test_a_step_needs_no_host_and_a_capture_changes_nothing(load, source, option
         decoder.run()
         decoder.retire(1)
     assert len(tape.calls) > 20
-    assert {name: torch.equal(value, state[name]) for name, value in tensors(decoder).items()} == dict.fromkeys(
-        state, True
-    )
+    same = {name: torch.equal(bits(value), bits(state[name])) for name, value in tensors(decoder).items()}
+    assert same == dict.fromkeys(state, True)
     decoder.start(prompts, SamplingOptions(**options).acceptance(len(prompts), torch.device("cpu")))
     assert decoder.step() == first
     assert decoder.cache.seqlens.min() > 0
