@@ -13,7 +13,9 @@ constexpr int kStrips = 16 / kWidth;  // a strip: the columns of a vector and th
 // of every page: the first lines of the next one start it again. Zen 4, GB/s of a core at 1, 4 and 8 rows of bf16: none
 // 28, 20, 11; near 27, 23, 13; far 21, 23, 14. int8: none 28, 27, 15.5; far 21, 20, 16.5, and at 16 rows 8.0
 // against 9.1. int8 on two cores at 4, 6, 8 rows: none 30.6, 28.4, -; page 33.0, 30.7, 26.3; far -, -, 27.2.
-enum class Fetch { none, near, page, far };
+// Where a tile takes several passes, memory would rest in all but the first: each of them then fetches a share of what
+// lies far ahead.
+enum class Fetch { none, near, page, far, share };
 constexpr int kNear = 4 * 1024, kFar = 128 * 1024;  // bytes ahead, into the first and the second cache
 constexpr int kPage = 4 * 1024, kFirstLines = 8;
 constexpr int kLine = 64;
@@ -34,9 +36,25 @@ inline void load_strip(const bf16* p, int strip, Vec& low, Vec& high) {
   split_pairs(load_pairs(p + strip * 2 * kWidth), low, high);
 }
 
+// Of every kBytes that a pass goes through, those that it fetches if Fetch::share.
+struct Share {
+  int begin, end;
+};
+
+// Pass `pass` of `passes`, in whole lines. The last may have nothing left to fetch.
+template <int kBytes>
+inline Share share_of(int pass, int passes) {
+  const int bytes = static_cast<int>(ceil_div(kBytes / kLine, passes)) * kLine;
+  return {smaller(pass * bytes, kBytes), smaller((pass + 1) * bytes, kBytes)};
+}
+
 template <Fetch fetch, int kBytes>
-inline void fetch_ahead(const void* p) {
+inline void fetch_ahead(const void* p, Share share) {
   const char* at = static_cast<const char*>(p);
+  if (fetch == Fetch::share) {
+    for (int b = share.begin; b < share.end; b += kLine) __builtin_prefetch(at + kFar + b, 0, 2);
+    return;
+  }
 #pragma GCC unroll 8
   for (int b = 0; b < kBytes; b += kLine) {
     if (fetch == Fetch::near) __builtin_prefetch(at + kNear + b, 0, 3);
@@ -47,9 +65,14 @@ inline void fetch_ahead(const void* p) {
   }
 }
 
+// Bytes of a tile between two looks ahead.
+template <class W>
+constexpr int kFloatStep = 4 * kTile * static_cast<int>(sizeof(W));
+constexpr int kInt8Step = 16 * kTile;
+
 // R rows times the strips [strip, strip + S) of a tile.
 template <class W, int R, int S, Fetch fetch>
-void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, float* out, int64_t ld) {
+void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, Share share, float* out, int64_t ld) {
   Vec sums[R][2 * S];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < 2 * S; ++c) sums[r][c] = zero();
@@ -68,7 +91,7 @@ void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, 
   for (; i + 4 <= k; i += 4) {
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u) step(w + (i + u) * kTile, x + i + u);
-    fetch_ahead<fetch, 4 * kTile* static_cast<int>(sizeof(W))>(w + i * kTile);
+    fetch_ahead<fetch, kFloatStep<W>>(w + i * kTile, share);
   }
   for (; i < k; ++i) step(w + i * kTile, x + i);
   for (int r = 0; r < R; ++r) {
@@ -81,7 +104,7 @@ void float_kernel(const W* w, const float* x, int64_t stride, int k, int strip, 
 
 // As float_kernel: exact integer sums inside a group, floats from group to group.
 template <int R, int S, Fetch fetch>
-void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, float* out, int64_t ld) {
+void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, Share share, float* out, int64_t ld) {
   const int groups = static_cast<int>(ceil_div(rows.k, kGroup));
   const uint8_t* w = tile + kTile * sizeof(float);
   const int8_t* q = rows.q + static_cast<int64_t>(row) * groups * kGroup;
@@ -100,7 +123,7 @@ void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, floa
     }
 #pragma GCC unroll 1  // unrolled further, the compiler loads out of order, which the prefetcher does not follow
     for (int i = 0; i < kGroup; i += 16) {
-      fetch_ahead<fetch, 16 * kTile>(w);
+      fetch_ahead<fetch, kInt8Step>(w, share);
 #pragma GCC unroll 4
       for (int u = 0; u < 4; ++u) {
         Bytes bytes[2 * S];
@@ -136,29 +159,36 @@ void int8_kernel(const uint8_t* tile, const Rows& rows, int row, int strip, floa
   }
 }
 
-// Few rows leave registers for every strip of the tile at once; many go strip by strip. Only the first pass fetches.
+// Some of a tile's rows: block `index` of `count`.
+struct Block {
+  int row, index, count;
+};
+
+// Few rows leave registers for every strip of the tile at once; many go strip by strip.
 template <class W, int R>
-void float_block(const W* tile, const Rows& rows, int row, float* out, int64_t ld) {
-  constexpr int kAtOnce = R * 2 * kStrips <= kFloatRows * 2 ? kStrips : 1;
-  constexpr Fetch kFetch = R < 4 ? Fetch::near : Fetch::far;
-  const float* x = rows.x + row * rows.row_stride;
-  out += row * ld;
-  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
-    const bool first = row == 0 && strip == 0;
-    const auto kernel = first ? float_kernel<W, R, kAtOnce, kFetch> : float_kernel<W, R, kAtOnce, Fetch::none>;
-    kernel(tile, x, rows.row_stride, rows.k, strip, out, ld);
+void float_block(const W* tile, const Rows& rows, Block block, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kFloatRows * 2 ? kStrips : 1, kPasses = kStrips / kAtOnce;
+  constexpr Fetch kAlone = R < 4 ? Fetch::near : Fetch::far;
+  const float* x = rows.x + block.row * rows.row_stride;
+  out += block.row * ld;
+  const int passes = block.count * kPasses;
+  const auto kernel = passes == 1 ? float_kernel<W, R, kAtOnce, kAlone> : float_kernel<W, R, kAtOnce, Fetch::share>;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const Share share = share_of<kFloatStep<W>>(block.index * kPasses + pass, passes);
+    kernel(tile, x, rows.row_stride, rows.k, pass * kAtOnce, share, out, ld);
   }
 }
 
 template <int R>
-void int8_block(const uint8_t* tile, const Rows& rows, int row, float* out, int64_t ld) {
-  constexpr int kAtOnce = R * 2 * kStrips <= kInt8Rows * 2 ? kStrips : 1;
-  constexpr Fetch kFetch = R <= 2 ? Fetch::none : R <= 6 ? Fetch::page : Fetch::far;
-  out += row * ld;
-  for (int strip = 0; strip < kStrips; strip += kAtOnce) {
-    const bool first = row == 0 && strip == 0;
-    const auto kernel = first ? int8_kernel<R, kAtOnce, kFetch> : int8_kernel<R, kAtOnce, Fetch::none>;
-    kernel(tile, rows, row, strip, out, ld);
+void int8_block(const uint8_t* tile, const Rows& rows, Block block, float* out, int64_t ld) {
+  constexpr int kAtOnce = R * 2 * kStrips <= kInt8Rows * 2 ? kStrips : 1, kPasses = kStrips / kAtOnce;
+  constexpr Fetch kAlone = R <= 2 ? Fetch::none : R <= 6 ? Fetch::page : Fetch::far;
+  out += block.row * ld;
+  const int passes = block.count * kPasses;
+  const auto kernel = passes == 1 ? int8_kernel<R, kAtOnce, kAlone> : int8_kernel<R, kAtOnce, Fetch::share>;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const Share share = share_of<kInt8Step>(block.index * kPasses + pass, passes);
+    kernel(tile, rows, block.row, pass * kAtOnce, share, out, ld);
   }
 }
 
@@ -182,14 +212,14 @@ inline void for_row_blocks(int rows, const Body& body) {
   for (int b = 0; b < blocks; ++b) {
     const int row = static_cast<int>(static_cast<int64_t>(rows) * b / blocks);
     const int next = static_cast<int>(static_cast<int64_t>(rows) * (b + 1) / blocks);
-    with_count<kMost>(next - row, [&](auto count) { body(count, row); });
+    with_count<kMost>(next - row, [&](auto count) { body(count, Block{row, b, blocks}); });
   }
 }
 
 template <class W>
 void multiply_float(const Rows& rows, const void* tile, float* out, int64_t ld) {
-  for_row_blocks<kFloatRows>(rows.rows, [&](auto count, int row) {
-    float_block<W, decltype(count)::value>(static_cast<const W*>(tile), rows, row, out, ld);
+  for_row_blocks<kFloatRows>(rows.rows, [&](auto count, Block block) {
+    float_block<W, decltype(count)::value>(static_cast<const W*>(tile), rows, block, out, ld);
   });
 }
 
@@ -337,8 +367,8 @@ void multiply_tile(const Rows& rows, WeightFormat format, const void* tile, floa
     case WeightFormat::packed_f16:
       return multiply_float<f16>(rows, tile, out, ld);
     default:
-      for_row_blocks<kInt8Rows>(rows.rows, [&](auto count, int row) {
-        int8_block<decltype(count)::value>(static_cast<const uint8_t*>(tile), rows, row, out, ld);
+      for_row_blocks<kInt8Rows>(rows.rows, [&](auto count, Block block) {
+        int8_block<decltype(count)::value>(static_cast<const uint8_t*>(tile), rows, block, out, ld);
       });
   }
 }
