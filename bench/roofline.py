@@ -234,7 +234,7 @@ def _decoders(
     """For each number of nodes a decoder that has read `context` tokens."""
     ids = prose(engine, context)
     for n in nodes:
-        tree = Tree.from_choices([]) if n == 1 else choose_tree(n, drafter, device=engine.model.device, batch=1)
+        tree = Tree.from_choices([]) if n == 1 else choose_tree(n, drafter, rows=n, batch=1)
         decoder = Decoder(engine.model, drafter, tree, batch=1, max_seqlen=context + 64)
         decoder.start([ids], None)
         yield n, decoder

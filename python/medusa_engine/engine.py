@@ -19,7 +19,7 @@ from .draft_choice import choose_drafter
 from .dynamic_tree import DynamicTree
 from .heads import MedusaHeads, heads_from_tensors
 from .heads_files import base_model_of, is_heads_only, load_heads
-from .machine import choose_device
+from .machine import cheap_rows, choose_device
 from .model import DTYPES, Model
 from .output import Chunk, Output, Stats, Transcript
 from .rounds import Round, rounds
@@ -155,7 +155,8 @@ class Medusa:
         """The tree that a batch of this size decodes with; the root alone is plain decoding."""
         if not medusa:
             return Tree.from_choices([])
-        return choose_tree(self._tree, self._drafter, device=self.model.device, batch=batch)
+        rows = cheap_rows(self.model.device, self.dtype)
+        return choose_tree(self._tree, self._drafter, rows=rows, batch=batch)
 
     def generate(
         self,

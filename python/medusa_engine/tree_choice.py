@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
-
 from medusa_kernels import Tree, named_trees
 from medusa_kernels.tree import MAX_NODES
 
@@ -14,21 +12,18 @@ from . import calibration
 from .draft import Drafter, MedusaDrafter
 from .dynamic_tree import DynamicTree
 
-# Nodes that cost little beside the weights' own traffic, per sequence: a CPU core's arithmetic hides under about 6
-# rows, a GPU's under about 64.
-AUTO_NODES = {"cpu": 6, "cuda": 64}
 _DYNAMIC = re.compile(r"dynamic-([0-9]{1,9})")
 
 
 def choose_tree(
-    tree: str | int | Sequence[Sequence[int]] | Tree, drafter: Drafter, *, device: torch.device, batch: int
+    tree: str | int | Sequence[Sequence[int]] | Tree, drafter: Drafter, *, rows: int, batch: int
 ) -> Tree | DynamicTree:
     """The tree meant by `tree`, cut to what the drafter can fill: a chain where it has one guess a depth.
 
     An int is the best known tree of at most that many nodes: the paths that the heads' checkpoint lists as best, a
     search over the accuracies it lists, or else Vicuna-7B's tree. "auto" is the fastest tree that `medusa calibrate`
-    found here for this batch size; where it has not measured that, a fixed number of rows is shared among the
-    sequences. "dynamic-N" is the N most probable nodes of every step under the heads' own probabilities.
+    found here for this batch size; where it has not measured that, `rows` are shared among the sequences. "dynamic-N"
+    is the N most probable nodes of every step under the heads' own probabilities.
 
     Raises:
         ValueError, TypeError: no such name, or choices that are no tree.
@@ -36,9 +31,7 @@ def choose_tree(
     if isinstance(tree, Tree):
         chosen = tree
     elif tree == "auto":
-        chosen = _calibrated(drafter, batch) or _best(
-            max(1, min(AUTO_NODES[device.type] // batch, drafter.auto_nodes)), drafter
-        )
+        chosen = _calibrated(drafter, batch) or _best(max(1, min(rows // batch, drafter.auto_nodes)), drafter)
     elif isinstance(tree, str) and (dynamic := _DYNAMIC.fullmatch(tree)):
         return _dynamic(int(dynamic[1]), drafter)
     elif isinstance(tree, str):

@@ -29,6 +29,12 @@ SIZES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _same_default_tree(monkeypatch):
+    """tree="auto" is 6 nodes wherever the tests run, whatever pays on that processor."""
+    monkeypatch.setattr("medusa_engine.engine.cheap_rows", lambda device, dtype: 6)
+
+
 @pytest.fixture
 def medusa(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """medusa("tree", "list") -> exit code, standard output, standard error of the command."""

@@ -8,7 +8,8 @@ import torch
 from medusa_engine import Medusa
 from medusa_engine.engine import DEFAULT_HEADS
 from medusa_engine.heads_files import load_heads, save_heads
-from medusa_engine.tree_choice import AUTO_NODES, choose_tree
+from medusa_engine.machine import cheap_rows
+from medusa_engine.tree_choice import choose_tree
 from medusa_kernels import Tree, named_trees
 from tests.engine.models import FOLDER, SPOKEN, counting_folder, counting_heads
 
@@ -26,8 +27,8 @@ class Drafter:
         self.num_heads, self.vocab_size, self.accuracy, self.paths = num_heads, vocab_size, accuracy, paths
 
 
-def choose(tree, drafter: Drafter | None = None, batch: int = 1, device: torch.device = CPU) -> Tree:
-    return choose_tree(tree, drafter or Drafter(), device=device, batch=batch)
+def choose(tree, drafter: Drafter | None = None, batch: int = 1, rows: int = 6) -> Tree:
+    return choose_tree(tree, drafter or Drafter(), rows=rows, batch=batch)
 
 
 def test_a_tree_a_name_and_choices_mean_the_same():
@@ -75,11 +76,15 @@ def test_what_the_heads_cannot_fill_is_pruned(tree):
     assert chosen.choices == [c for c in asked.choices if len(c) <= 2 and max(c) < 5]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_shares_its_rows_among_the_sequences(device):
-    rows = AUTO_NODES[device]
+def test_rows_that_cost_little():
+    assert cheap_rows(torch.device("cuda"), "bfloat16") == 64
+    assert 1 < cheap_rows(CPU, "int8") <= cheap_rows(CPU, "bfloat16") <= 6
+
+
+@pytest.mark.parametrize("rows", [2, 6, 64])
+def test_auto_shares_its_rows_among_the_sequences(rows):
     drafter = Drafter(num_heads=5, accuracy=ACCURACY)
-    sizes = [choose("auto", drafter, batch, torch.device(device)).num_nodes for batch in range(1, 2 * rows + 2)]
+    sizes = [choose("auto", drafter, batch, rows).num_nodes for batch in range(1, 2 * rows + 2)]
     assert sizes[0] == min(rows, Tree.search(ACCURACY, rows).num_nodes)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[rows - 1 :] == [1] * (rows + 2)  # the root alone: plain decoding
