@@ -8,7 +8,7 @@ namespace medusa::cuda {
 
 constexpr int kRowThreads = kLargeBlock, kRowWarps = kRowThreads / 32;
 constexpr float kNearly = 1 - 0x1p-20f;  // of top_p: a set short of it by rounding alone has reached it
-constexpr int kProbes = 7;  // thresholds tried per pass over the row: 2^32 keys take 11 passes
+constexpr int kProbes = 7;               // thresholds tried per pass over the row: 2^32 keys take 11 passes
 
 struct RowShared {
   float partial[kRowWarps][kProbes];
