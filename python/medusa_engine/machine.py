@@ -29,9 +29,9 @@ def cheap_rows(device: torch.device, dtype: str) -> int:
     """How many rows a step can have that cost little more than one: beyond them arithmetic, not the weights' traffic,
     sets its time.
 
-    AVX-512 on Zen 4: 6 nodes cost 1.3 steps, 8 cost 1.5. AVX2 on Zen 3, tokens per second over plain decoding's: in
-    bf16 2, 3, 4 and 6 nodes 1.20, 1.28, 1.16 and 1.18, as past 3 rows the sums no longer fit the registers in one pass;
-    in int8, which takes four instructions where VNNI has one, 1.24, 1.02, 0.99 and 0.87. On a GPU not measured yet.
+    AVX-512 on Zen 4: 6 nodes cost 1.3 steps, 8 cost 1.5. AVX2 on Zen 3, Medusa over plain decoding on 6 prompts: bf16
+    1.34 with 3 nodes, 1.14 with 6, as past 3 rows the sums no longer fit the registers in one pass; int8, which takes
+    four instructions where VNNI has one, 1.21 with 2 nodes, 1.04 with 6. On a GPU not measured yet.
     """
     if device.type == "cuda":
         return 64
