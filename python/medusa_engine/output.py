@@ -88,7 +88,7 @@ class Transcript:
             self.token_ids.append(token)
             if token in self._eos:
                 self._finish("eos")
-            elif self._add(self._decoder.push([token])) or self._stops_in(self._decoder.pending()):
+            elif self._add(self._decoder.push([token])) or (self._stop and self._stops_in(self._decoder.pending())):
                 self.finish_reason = "stop"
             elif len(self.token_ids) == self._limit:
                 self._finish("length")
