@@ -15,21 +15,18 @@ parts, one after the other on the same backend.
 # ruff: noqa: C408 - dict(n=1, heads=9) reads better in a table than its literal
 from __future__ import annotations
 
-import datetime
 import importlib
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 import torch
 from torch import Tensor
 
 from bench import _timing
+from medusa_engine import benchmark
 from medusa_kernels import Tree, launches, pack_linear
 from medusa_kernels._backends import _C, resolve
 from medusa_kernels.verify_tree import acceptance
@@ -345,28 +342,11 @@ def measure(
 
 
 def environment(device: str) -> dict:
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if not done.returncode else ""
-
-    cuda = device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "threads": _C.cpu.num_threads() if _C else None,
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain")),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **benchmark.where(torch.device(device)),
         "bandwidth_gb_per_s": round(_timing.bandwidth(device) / 1e9, 1),
         "gflop_per_s": round(_timing.flops(device) / 1e9, 1),
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 @click.command(help=__doc__.split("\n")[0])
