@@ -96,8 +96,8 @@ class Checkpoint:
             CheckpointError: listing what is missing, left over or misshapen.
         """
         expected, found = self.config.tensor_shapes(), self.names()
-        if self.lm_head_name in found:  # also beside tied embeddings
-            expected[self.lm_head_name] = expected[_EMBEDDING]
+        if _LM_HEAD in found:  # also beside tied embeddings
+            expected[_LM_HEAD] = expected[_EMBEDDING]
         missing = [name for name in expected if name not in found]
         extra = sorted(name for name in found if name not in expected and not self._may_remain(name))
         shapes = {name: self.shape(name) for name in expected if name in found}

@@ -243,7 +243,7 @@ class Medusa:
         self._steps[medusa] = steps
 
     def _prepare(self, ids, max_new_tokens, options: SamplingOptions, stop, ignore_eos, medusa):
-        if not _is_id(max_new_tokens) or max_new_tokens < 1:
+        if not _is_integer(max_new_tokens) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be an int of at least 1, not {max_new_tokens!r}")
         max_new_tokens, longest = int(max_new_tokens), max(map(len, ids))
         if longest + max_new_tokens > self.max_seqlen:
@@ -288,12 +288,12 @@ class Medusa:
             raise TypeError(
                 f"prompts must be a str, a list of token ids, or a list of those, not {type(prompts).__name__}"
             )
-        many = not isinstance(prompts, str) and not all(_is_id(p) for p in prompts)
+        many = not isinstance(prompts, str) and not all(_is_integer(p) for p in prompts)
         listed = list(prompts) if many else [prompts]
         return many, [self._encode_one(p, f"prompts[{i}]" if many else "prompt", chat) for i, p in enumerate(listed)]
 
     def _encode_one(self, prompt: Prompt, name: str, chat: bool) -> list[int]:
-        if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and all(_is_id(t) for t in prompt)):
+        if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and all(_is_integer(t) for t in prompt)):
             raise TypeError(f"{name} must be a str or a list of token ids, not {prompt!r:.80}")
         if not len(prompt):
             raise ValueError(f"{name} is empty")
@@ -312,8 +312,8 @@ class Medusa:
 _STREAM_DEFAULTS = {"stop": None, "ignore_eos": False, "medusa": True, "chat": True}
 
 
-def _is_id(value: object) -> bool:
-    """Any integer, NumPy's or PyTorch's too."""
+def _is_integer(value: object) -> bool:
+    """Any integer, NumPy's too."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
@@ -331,7 +331,7 @@ def _max_seqlen(max_seqlen: int | None, checkpoint: Checkpoint) -> int:
     context, window = config.max_position_embeddings, config.sliding_window or math.inf
     if max_seqlen is None:
         return min(DEFAULT_MAX_SEQLEN, context, window)
-    if not _is_id(max_seqlen) or max_seqlen < 2:
+    if not _is_integer(max_seqlen) or max_seqlen < 2:
         raise ValueError(f"max_seqlen must be an int of at least 2, not {max_seqlen!r}")
     for what, limit in (("its context", config.rope.reach(context)), ("its sliding window", window)):
         if max_seqlen > limit:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medusa_kernels import PackedLinear, pack_linear
+from medusa_kernels._check import MAX_HEAD_DIM
 from medusa_kernels.launches import auto_backend, bind, plan, resolve_all
 
 from .checkpoint import Checkpoint
@@ -20,7 +21,6 @@ from .rope import rope_tables
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
 
 Weight = Tensor | PackedLinear
-MAX_HEAD_DIM = 256  # of the attention kernels
 
 
 @dataclass(frozen=True)
