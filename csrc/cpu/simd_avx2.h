@@ -117,6 +117,9 @@ inline Bytes load_bytes(const uint8_t* p) {
 }
 inline IntVec dot4(IntVec sum, Bytes w, int32_t x4) {
   const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(_mm256_set1_epi32(x4), w.value));
-  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  sum.v = _mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  // GCC would put the sums of an unrolled loop off until the products have filled the registers.
+  __asm__("" : "+x"(sum.v));
+  return sum;
 }
 inline Vec to_float(IntVec a) { return {_mm256_cvtepi32_ps(a.v)}; }
