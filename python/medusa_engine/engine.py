@@ -155,7 +155,7 @@ class Medusa:
         """The tree that a batch of this size decodes with; the root alone is plain decoding."""
         if not medusa:
             return Tree.from_choices([])
-        rows = cheap_rows(self.model.device, self.dtype)
+        rows = cheap_rows(self.model.device)
         return choose_tree(self._tree, self._drafter, rows=rows, batch=batch)
 
     def generate(

@@ -25,19 +25,17 @@ def kernel_threads() -> int:
     return torch.get_num_threads() if _C is None else _C.cpu.num_threads()
 
 
-def cheap_rows(device: torch.device, dtype: str) -> int:
+def cheap_rows(device: torch.device) -> int:
     """How many rows a step can have that cost little more than one: beyond them arithmetic, not the weights' traffic,
     sets its time.
 
-    AVX-512 on Zen 4: 6 nodes cost 1.3 steps, 8 cost 1.5. AVX2 on Zen 3, Medusa over plain decoding on 6 prompts: bf16
-    1.34 with 3 nodes, 1.14 with 6, as past 3 rows the sums no longer fit the registers in one pass; int8, which takes
-    four instructions where VNNI has one, 1.21 with 2 nodes, 1.04 with 6. On a GPU not measured yet.
+    AVX-512 on Zen 4: 6 nodes cost 1.3 steps, 8 cost 1.5. AVX2 on Zen 3, Medusa over plain decoding with 2, 3, 4, 5, 6
+    and 8 nodes, 10 prompts: bf16 1.28, 1.39, 1.46, 1.41, 1.41, 1.26; int8 1.20, 1.25, 1.28, 1.16, 1.19, 1.03. On a GPU
+    not measured yet.
     """
     if device.type == "cuda":
         return 64
-    if _C is not None and _C.cpu.isa() == "avx512":
-        return 6
-    return 2 if dtype == "int8" else 3
+    return 6 if _C is not None and _C.cpu.isa() == "avx512" else 4
 
 
 def hardware(device: torch.device) -> str:

@@ -32,7 +32,7 @@ SIZES = {
 @pytest.fixture(autouse=True)
 def _same_default_tree(monkeypatch):
     """tree="auto" is 6 nodes wherever the tests run, whatever pays on that processor."""
-    monkeypatch.setattr("medusa_engine.engine.cheap_rows", lambda device, dtype: 6)
+    monkeypatch.setattr("medusa_engine.engine.cheap_rows", lambda device: 6)
 
 
 @pytest.fixture

@@ -77,8 +77,8 @@ def test_what_the_heads_cannot_fill_is_pruned(tree):
 
 
 def test_rows_that_cost_little():
-    assert cheap_rows(torch.device("cuda"), "bfloat16") == 64
-    assert 1 < cheap_rows(CPU, "int8") <= cheap_rows(CPU, "bfloat16") <= 6
+    assert cheap_rows(torch.device("cuda")) == 64
+    assert cheap_rows(CPU) in (4, 6)
 
 
 @pytest.mark.parametrize("rows", [2, 6, 64])
