@@ -48,6 +48,13 @@ def medusa(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
+@pytest.fixture
+def cache(monkeypatch, tmp_path) -> Path:
+    """Where calibrations lie, in a cache of the test's own; it is not there yet."""
+    monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "calibrations"
+
+
 @pytest.fixture(scope="session")
 def default_model() -> Path:
     """The folder of SmolLM2-135M-Instruct, fetched into the user's cache if it is not there yet."""

@@ -1,24 +1,19 @@
-"""Calibration: what the heads are found to be worth, the tree that follows, the file, and who reads it."""
+"""Calibrating: what the heads are found to be worth, what steps cost, and what is not done a second time."""
 
 import dataclasses
-import importlib.util
-import json
-import math
-import re
-import shutil
-from functools import partial
 
 import pytest
 import torch
 
 from medusa_engine import Medusa, calibrate, calibration
-from medusa_engine.calibration import Calibration, Curve, best_nodes
+from medusa_engine.calibration import best_nodes
 from medusa_engine.dataset import shard_paths
 from medusa_engine.draft import MedusaDrafter
 from medusa_engine.engine import DEFAULT_HEADS
 from medusa_engine.heads_files import load_heads, save_heads
 from medusa_engine.stepping import tokens_per_step
 from medusa_kernels import Tree
+from tests.engine.calibrating import PROMPTS, costs, patchy, quick
 from tests.engine.models import (
     FOLDER,
     SPOKEN,
@@ -27,68 +22,15 @@ from tests.engine.models import (
     fitted_heads,
     random_folder,
     random_model,
-    write_counting,
 )
 from tests.engine.models import PROMPTS as PROMPTS_OF_IDS
 
-# Every fourth letter begins a text of its own length; 40 texts are three groups.
-PROMPTS = [c * (1 + i % 3) for i, c in enumerate("aeimquybfjnrvzcgkosw")] * 2
 BACKENDS = ["cpu", "reference"]
 
-
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "calibrations"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
-def patchy(backend: str = "cpu", **options) -> Medusa:
-    """An engine whose heads are right at rank 0 or at rank 1, as counting_heads_folder says."""
-    heads = counting_heads_folder(4, patchy=True)
-    return Medusa.from_pretrained(counting_folder(), heads, dtype="float32", backend=backend, **options)
-
-
-def quick(engine: Medusa, prompts=PROMPTS, **options):
-    return calibrate.calibrate(engine, prompts, **{"max_new_tokens": 30, "rounds": 1, "context": 20, **options})
-
-
-def costs(step_seconds):
-    """Steps that take exactly so long, instead of being timed: step_seconds(nodes)."""
-
-    def samples(model, drafter, trees, prompts, rounds):
-        return {tree.num_nodes: [step_seconds(tree.num_nodes)] * rounds for tree in trees}
-
-    return samples
-
-
-# The choice
-
-
-@pytest.mark.parametrize(
-    ("step_seconds", "best"),
-    [
-        (lambda n: 1.0, 64),  # nodes are free
-        (lambda n: float(n), 1),  # a node costs a whole step: plain decoding
-        (lambda n: 1.0 if n <= 8 else 0.9 * n, 8),  # free up to 8
-        (lambda n: 10 + 0.1 * n, max(range(1, 65), key=lambda n: (1 + math.log(n)) / (10 + 0.1 * n))),
-    ],
-)
-def test_the_best_tree_has_the_most_tokens_per_second(step_seconds, best):
-    brings = [1 + math.log(n) for n in range(1, 65)]
-    curve = Curve(256, 1, 0.0, {n: step_seconds(n) for n in range(1, 65)})
-    assert best_nodes(brings, curve) == best
-
-
-def test_of_equals_the_smallest_and_never_more_than_was_measured():
-    assert best_nodes([1.0, 2.0, 3.0, 4.0], Curve(8, 1, 0.0, {1: 1.0, 2: 2.0, 4: 4.0})) == 1
-    assert best_nodes([1.0, 2.0, 3.0], Curve(8, 1, 0.0, {1: 1.0, 2: 1.0})) == 2
-    assert best_nodes([1.0, 2.0], Curve(8, 1, 0.0, {1: 1.0, 8: 1.0})) == 2
-
-
-def test_a_curve_needs_the_root_alone():
-    for wrong in ({}, {2: 1.0}, {1: 0.0}, {1: 1.0, 2: -1.0}):
-        with pytest.raises(ValueError, match="hold node count 1"):
-            Curve(8, 1, 0.0, wrong)
+# What steps cost
 
 
 def test_what_is_best_between_measured_sizes_is_measured_too(monkeypatch, cache):
@@ -243,105 +185,7 @@ def test_real_heads_and_a_reduced_vocabulary(draft_vocab, monkeypatch, tmp_path)
     assert expected[0, 0] > 0.3
 
 
-# The file
-
-
-def test_the_file_holds_what_was_returned(cache):
-    path, found = quick(patchy(), batches=(1, 3))
-    assert path.parent == cache
-    assert sorted(cache.iterdir()) == [path]  # no partial answers are left
-    assert calibration.read(path) == found
-    assert set(found.curves) == {1, 3}
-    assert found.curves[1].context == 20
-    sizes = [n for n in calibrate.NODES if n <= len(found.tokens_per_step)]
-    assert set(sizes) <= set(found.curves[1].step_seconds)
-    assert all(seconds > 0 for seconds in found.curves[1].step_seconds.values())
-    assert found.tree(2) is None
-
-
-def test_all_but_the_times_is_deterministic(monkeypatch, cache):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1 + n / 10))
-    path, found = quick(patchy())
-    path.unlink()
-    assert quick(patchy()) == (path, found)
-
-
-def test_every_machine_model_heads_and_dtype_has_its_own(monkeypatch, tmp_path):
-    def path(model, heads, dtype="float32", backend="cpu"):
-        engine = Medusa.from_pretrained(model, heads, dtype=dtype, backend=backend)
-        return calibration.locate(engine.model, MedusaDrafter(engine.model, engine.heads))
-
-    other_model = write_counting(tmp_path / "other", max_position_embeddings=64)
-    paths = [
-        path(counting_folder(), counting_heads_folder(4)),
-        path(counting_folder(), counting_heads_folder(4, patchy=True)),
-        path(counting_folder(), counting_heads_folder(2)),
-        path(counting_folder(), counting_heads_folder(4), "bfloat16"),
-        path(counting_folder(), counting_heads_folder(4), backend="reference"),
-        path(other_model, counting_heads_folder(4)),
-    ]
-    monkeypatch.setattr(calibration.machine, "describe", lambda device: "Other CPU @ 3 GHz, 7 threads")
-    paths.append(path(counting_folder(), counting_heads_folder(4)))
-    assert len(set(paths)) == len(paths)
-    assert paths[-1].name.startswith("other-cpu-3-ghz-7-threads-float32-")
-    monkeypatch.undo()
-    assert path(counting_folder(), counting_heads_folder(4)).name == paths[0].name
-
-
-DAMAGE = {
-    "truncated": lambda text: text[: len(text) // 2],
-    "empty": lambda text: "",
-    "another thing": lambda text: "[]",
-    "another version": lambda text: text.replace('"version": 1', '"version": 2'),
-    "a field less": lambda text: text.replace('"paths"', '"path"'),
-    "no tree": lambda text: json.dumps({**json.loads(text), "paths": [[0, 0]] * 20}),
-    "no root": lambda text: text.replace('"step_seconds": {"1": ', '"step_seconds": {"0": '),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_file_is_said_passed_over_and_replaced(damage, monkeypatch, cache):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1.0))
-    engine = patchy()
-    default = engine.tree(1)
-    path, found = quick(engine)
-    assert engine.tree(1) == found.tree(1) != default
-    damaged = damage(path.read_text(encoding="utf-8"))
-    assert damaged != path.read_text(encoding="utf-8")
-    path.write_text(damaged, encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{path.name} is no calibration") as caught:
-        calibration.read(path)
-    assert "\n" not in str(caught.value)
-    with pytest.warns(UserWarning, match="is no calibration.*`medusa calibrate` writes it anew"):
-        assert engine.tree(1) == default
-    with pytest.warns(UserWarning, match="is no calibration"):
-        assert patchy().generate("a", 20).token_ids == list(range(2, 22))
-    assert quick(engine)[1] == found == calibration.read(path)
-
-
-# Who reads it
-
-
-@pytest.mark.parametrize(("step_seconds", "wanted"), [(lambda n: 1.0, None), (lambda n: float(n), 1)])
-def test_auto_is_the_calibrated_tree(step_seconds, wanted, monkeypatch):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(step_seconds))
-    engine, default = patchy(), patchy().tree(2)
-    other = Medusa.from_pretrained(counting_folder(), counting_heads_folder(4), dtype="float32")
-    untouched = other.tree(1)
-    _, found = quick(engine, batches=(1, 3))
-    for e in (engine, patchy()):
-        assert e.tree(1) == e.tree(3) == found.tree(1)
-        assert e.tree(1).num_nodes == (wanted or best_nodes(found.tokens_per_step, found.curves[1]))
-        assert e.tree(2) == default  # not measured
-        assert e.tree(1, medusa=False).num_nodes == 1
-        out = e.generate("a", 40)
-        assert out.token_ids == list(range(2, 42))
-        assert out.stats.tokens_per_step == 1.0 if wanted == 1 else out.stats.tokens_per_step > 2
-    assert patchy(tree="chain-2").tree(1) == Tree.named("chain-2")
-    assert other.tree(1) == untouched  # other heads
-
-
-# Interruptions
+# A second time
 
 
 def test_nothing_finished_is_done_again(monkeypatch, cache):
@@ -395,6 +239,13 @@ def test_other_text_keeps_the_measured_steps(monkeypatch):
     assert other.tree(2) is not None
 
 
+def test_all_but_the_times_is_deterministic(monkeypatch, cache):
+    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1 + n / 10))
+    path, found = quick(patchy())
+    path.unlink()
+    assert quick(patchy()) == (path, found)
+
+
 # Mistakes
 
 
@@ -445,116 +296,3 @@ def test_where_temperatures_cannot_be_stored(folder, message):
     counting_folder()
     with pytest.raises(ValueError, match=message):
         calibrate.check_storable(folder)
-
-
-def test_the_dataclass_reads_its_own_json(tmp_path):
-    made = Calibration(
-        about={"text": "x"},
-        accuracy=[[0.5, 0.25]],
-        temperatures=[1.5],
-        log_loss=[[2.0, 1.5]],
-        paths=[[0], [1], [0, 0]],
-        tokens_per_step=[1.0, 1.5, 1.75, 1.8],
-        curves={4: Curve(64, 3, 0.1, {1: 0.1, 3: 0.11, 4: 0.5})},
-    )
-    calibration.write(tmp_path / "a" / "b.json", made)
-    assert calibration.read(tmp_path / "a" / "b.json") == made
-    assert made.tree(4) == Tree.from_choices([[0], [1]])
-    assert made.speedup(4, 3) == pytest.approx(1.75 / 1.1)
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.json"]
-
-
-# The command
-
-
-@pytest.fixture
-def command(medusa, tmp_path):
-    """command(*arguments) -> what `medusa calibrate` over PROMPTS ends with and says."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
-    common = ["--prompts", tmp_path / "prompts.txt", "-n", 20, "--rounds", 2, "--context", 16, "--dtype", "float32"]
-    return partial(medusa, "calibrate", *common, "--model", counting_folder())
-
-
-HEADS = ["--heads", counting_heads_folder(4, patchy=True)]
-
-
-def test_the_command_prints_the_curve_and_the_choice(command, monkeypatch, cache):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 0.01 * (1 + n / 20)))
-    code, out, _ = command(*HEADS, "--batch", 1, "--batch", 2)
-    (path,) = cache.glob("*.json")
-    found = calibration.read(path)
-    assert code == 0
-    assert f"heads judged on 40 answers, {found.about['positions']} tokens" in out
-    assert [line.split()[0] for line in out.splitlines() if re.match(r" +[1-4] +0\.\d{3} +1\.000 ", line)] == [*"1234"]
-    for batch in (1, 2):
-        chosen = found.nodes(batch)
-        speedup = found.tokens_per_step[chosen - 1] * 1.05 / (1 + chosen / 20)
-        assert chosen > 1
-        assert found.speedup(batch, chosen) == pytest.approx(speedup)
-        assert f"\nbatch {batch}, context 16, medians of 2\n" in out
-        row = rf" +{chosen} +{10 + chosen / 2:.2f} +\d\.\d\d +{found.tokens_per_step[chosen - 1]:.3f} +"
-        rate = batch * found.tokens_per_step[chosen - 1] / (0.01 * (1 + chosen / 20))
-        assert re.search(rf"\n{row}{rate:.1f} +{speedup:.2f}x  <- chosen\n", out)
-        assert f"tree: {chosen} nodes {found.tree(batch).choices}; expected speedup {speedup:.2f}x" in out
-    assert out.count("<- chosen") == 2
-    assert out.endswith(f"written to {path} and {path.with_suffix('.png')}\n")
-    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "machine was busy" not in out
-
-
-def test_a_busy_machine_is_said(command, monkeypatch):
-    monkeypatch.setattr(
-        calibrate, "_step_samples", lambda m, d, trees, p, r: {tree.num_nodes: [1.0, 2.0, 3.0] for tree in trees}
-    )
-    assert "the times vary by 100%: the machine was busy" in command(*HEADS)[1]
-
-
-def test_the_command_as_json(command, cache, tmp_path):
-    code, out, _ = command(*HEADS, "--json", "--plot", tmp_path / "curves.png", "--limit", 12)
-    (path,) = cache.glob("*")
-    found = calibration.read(path)
-    result = json.loads(out)
-    assert code == 0
-    assert (result["calibration"], result["plot"]) == (str(path), str(tmp_path / "curves.png"))
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert (result["conversations"], result["temperatures"]) == (12, found.temperatures)
-    one = result["batches"]["1"]
-    assert one["tree"] == found.tree(1).choices
-    assert [p["nodes"] for p in one["points"] if p["chosen"]] == [one["tree_nodes"]]
-    assert {p["nodes"]: p["step_seconds"] for p in one["points"]} == found.curves[1].step_seconds
-    assert one["points"][0]["cost"] == one["points"][0]["speedup"] == 1.0
-
-
-def test_store_writes_the_temperatures(command, tmp_path):
-    shutil.copytree(counting_heads_folder(4, patchy=True), tmp_path / "mine")
-    code, out, _ = command("--heads", tmp_path / "mine", "--store", "--json")
-    assert code == 0
-    assert load_heads(tmp_path / "mine").metadata["temperatures"] == json.loads(out)["temperatures"]
-
-
-def test_without_matplotlib(command, monkeypatch, cache, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, out, _ = command(*HEADS, "--json")
-    assert (code, json.loads(out)["plot"]) == (0, None)
-    assert not list(cache.glob("*.png"))
-    monkeypatch.setattr(Medusa, "from_pretrained", None)  # said before any work
-    code, _, err = command(*HEADS, "--plot", tmp_path / "x.png")
-    assert (code, err) == (2, "medusa: the curves as PNG need `pip install 'medusa-kernels[bench]'`\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "no Medusa heads to calibrate"),
-        ([*HEADS, "--limit", 1], "at least 2 prompts"),
-        ([*HEADS, "--context", 4096], "context must be between 1 and 127, not 4096"),
-        (["--store"], "holds a whole model, not heads alone"),
-        ([*HEADS, "--batch", 0], "0 is not in the range"),
-    ],
-    ids=lambda case: " ".join(map(str, case)) if isinstance(case, list) else None,
-)
-def test_a_mistake_is_one_line(arguments, message, command):
-    code, out, err = command(*arguments)
-    assert (code, out) == (2, "")
-    assert message in err
-    assert err.count("\n") == 1
