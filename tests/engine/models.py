@@ -244,3 +244,13 @@ def fitted_heads(
         fitted = torch.linalg.solve(x.T @ x + 0.5 * torch.eye(size), x.T @ onehot)
         lm_heads.append(fitted.T.contiguous())
     return MedusaHeads(weight, offset, torch.stack(lm_heads), None if token_map is None else token_map.int())
+
+
+def assert_same_tensors(checkpoint, state: dict, tied: bool) -> None:
+    expected = {name: tensor for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
+    assert checkpoint.names() >= expected.keys()
+    for name, tensor in expected.items():
+        found = checkpoint.tensor(name)
+        assert found.dtype == tensor.dtype, name
+        assert checkpoint.shape(name) == tuple(tensor.shape), name
+        assert torch.equal(found, tensor), name

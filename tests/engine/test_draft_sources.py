@@ -1,7 +1,6 @@
-"""Sources of guesses: whatever they guess, the text is plain decoding's, and each guesses what it should."""
+"""Sources of guesses: whatever they guess, the text is plain decoding's, wherever it ends; trees, mistakes, options."""
 
 import json
-import random
 import shutil
 import weakref
 from functools import cache
@@ -13,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from bench.losslessness import LENGTH, chi_square, count, outcomes
 from medusa_engine import Medusa
 from medusa_engine.decode import Decoder
-from medusa_engine.heads_files import save_heads
-from medusa_engine.prompt_lookup import Repetitions
 from medusa_kernels import Tree
+from tests.engine.draft_targets import RAGGED, noisy_folder, target
 from tests.engine.models import (
     FOLDER,
     PROMPTS,
@@ -23,46 +21,11 @@ from tests.engine.models import (
     continuation,
     counting_folder,
     counting_heads_folder,
-    fitted_heads,
     random_folder,
-    random_model,
-    save_model,
     spoken,
     token,
     write_tokenizer,
 )
-
-RAGGED = ([7], *PROMPTS, list(range(70)), [3, 3, 3, 50, 51], [8, 9] * 20)
-
-
-@cache
-def target(dtype: str = "float32", backend: str = "cpu") -> Medusa:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(random_folder(), dtype=torch.float32)
-    folder = FOLDER / "draft-sources-heads"
-    if not folder.exists():
-        save_heads(folder, fitted_heads(model, PROMPTS, num_heads=3), dtype=torch.float32)
-    return Medusa.from_pretrained(random_folder(), folder, dtype=dtype, backend=backend)
-
-
-@cache
-def noisy_folder(padding: int = 0):
-    """The target with a little noise on every weight: often right. `padding`: rows of tokens that nothing spells."""
-    folder = FOLDER / f"noisy-{padding}"
-    model = random_model("llama")
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.04 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    vocab = model.config.vocab_size
-    if padding:
-        model.resize_token_embeddings(vocab + padding, mean_resizing=False)
-        with torch.no_grad():
-            model.lm_head.weight[vocab:] = 10 * model.lm_head.weight[:padding]  # would win, could they be guessed
-    save_model(folder, model)
-    write_tokenizer(folder, [chr(0x4E00 + i) for i in range(vocab)])
-    return folder
 
 
 def sources() -> dict[str, object]:
@@ -153,107 +116,6 @@ def test_sampled_text_has_the_models_own_distribution():
     assert p_value(base.with_draft("first-layers:1", tree="chain-2"), **biased) < 1e-12
 
 
-# What each source guesses
-
-
-@pytest.mark.parametrize("nodes", [2, 5])
-@pytest.mark.parametrize("draft", ["first-layers:1", "noisy"])
-def test_a_draft_model_guesses_its_own_greedy_text(draft, nodes):
-    """After any acceptance its cache is in step: the guesses are those of the draft model run on the text anew."""
-    engine = target().with_draft(noisy_folder() if draft == "noisy" else draft)
-    drafter = engine._drafter
-    prompts = [list(p) for p in (RAGGED[0], *PROMPTS, RAGGED[5])]
-    decoder = Decoder(engine.model, drafter, Tree.named(f"chain-{nodes - 1}"), batch=len(prompts), max_seqlen=128)
-    decoder.cache.data.fill_(torch.nan)
-    if draft == "noisy":
-        decoder.draft._cache.data.fill_(torch.nan)
-    texts = [[*p, t] for p, t in zip(prompts, decoder.start(prompts, None), strict=True)]
-    lengths = set()
-    for _ in range(10):
-        gained = decoder.step()
-        for b, text in enumerate(texts):
-            alone = Decoder(drafter.model, None, Tree.named("root"), batch=1, max_seqlen=200)
-            guesses = alone.start([text], None)
-            while len(guesses) < nodes - 1:
-                guesses += alone.step()[0]
-            assert decoder.tree_tokens[b].tolist() == [text[-1], *guesses[: nodes - 1]]
-            text += gained[b]
-        lengths |= set(decoder.accept_length.tolist())
-    assert {0, nodes - 1 if draft == "noisy" else 1} <= lengths
-
-
-def test_a_draft_that_is_the_model_is_always_right():
-    for draft in ("first-layers:2", str(random_folder())):
-        out = target().with_draft(draft, tree="chain-4").generate(PROMPTS, 31)
-        assert {s.tokens_per_step for s in out.stats.per_sequence} == {5.0}
-
-
-def test_a_decoder_goes_with_its_last_user():
-    """A draft that kept its decoder would keep the cache too, until the garbage collector came by."""
-    for draft in ("prompt-lookup", "first-layers:1", noisy_folder()):
-        engine = target().with_draft(draft)
-        decoder = Decoder(engine.model, engine._drafter, Tree.named("chain-2"), batch=1, max_seqlen=64)
-        decoder.start([PROMPTS[0]], None)
-        decoder.step()
-        gone = weakref.ref(decoder)
-        del decoder
-        assert gone() is None
-
-
-def test_first_layers_copy_no_weight():
-    engine = target().with_draft("first-layers:1")
-    draft = engine._drafter.model
-    assert draft.layers == engine.model.layers[:1]
-    assert draft.lm_head is engine.model.lm_head
-    assert draft.norm is engine.model.norm
-    assert (draft.config.num_layers, engine.model.config.num_layers) == (1, 2)
-
-
-def repeated(text: list[int], count: int) -> list[int]:
-    """Prompt lookup as a search from the end: the longest of 3, 2, 1 tokens that stood before."""
-    for size in (3, 2, 1):
-        for at in range(len(text) - size - 1, -1, -1):
-            if text[at : at + size] == text[-size:] and at + size < len(text):
-                grown = list(text)
-                for i in range(count):
-                    grown.append(grown[at + size + i])
-                return grown[len(text) :]
-    return []
-
-
-def test_repetitions_are_found_as_by_a_search():
-    rng = random.Random(0)
-    for alphabet in (1, 2, 4, 9, 40):
-        text, found = [], Repetitions()
-        for _ in range(60):
-            assert found.continuation(5) == repeated(text, 5)
-            piece = [rng.randrange(alphabet) for _ in range(rng.randint(1, 3))]
-            text += piece
-            found.extend(piece)
-    assert Repetitions().continuation(3) == []
-
-
-def test_prompt_lookup_guesses_from_prompt_and_text():
-    engine = target().with_draft("prompt-lookup")
-    prompts = [list(p) for p in (RAGGED[6], RAGGED[7], [44, 44, 9])]
-    decoder = Decoder(engine.model, engine._drafter, Tree.named("chain-4"), batch=3, max_seqlen=128)
-    for _ in range(2):  # the second start forgets the first
-        texts = [[*p, t] for p, t in zip(prompts, decoder.start(prompts, None), strict=True)]
-        for _ in range(12):
-            gained = decoder.step()
-            for text, tokens, more in zip(texts, decoder.tree_tokens.tolist(), gained, strict=True):
-                assert tokens == [text[-1], *(repeated(text, 4) or [0] * 4)]
-                text += more
-
-
-def test_prompt_lookup_brings_steps_where_the_text_repeats():
-    """The counting model says the alphabet again and again: after the first round every guess is right."""
-    engine = Medusa.from_pretrained(counting_folder(), draft="prompt-lookup", dtype="float32", tree="chain-4")
-    out = engine.generate([*range(64), *range(10)], 41, ignore_eos=True)
-    assert out.token_ids == [(10 + i) % 64 for i in range(41)]
-    assert out.stats.tokens_per_step == 5.0
-
-
 # Ends
 
 
@@ -300,6 +162,18 @@ def test_decoders_are_reused():
     calls = [(RAGGED[:2], 8), (RAGGED[:1], 8), (RAGGED[4:5], 50), (RAGGED[:1], 8), (RAGGED[:2], 8)]
     for prompts, tokens in calls:
         assert engine.generate(prompts, tokens).token_ids == target().generate(prompts, tokens, medusa=False).token_ids
+
+
+def test_a_decoder_goes_with_its_last_user():
+    """A draft that kept its decoder would keep the cache too, until the garbage collector came by."""
+    for draft in ("prompt-lookup", "first-layers:1", noisy_folder()):
+        engine = target().with_draft(draft)
+        decoder = Decoder(engine.model, engine._drafter, Tree.named("chain-2"), batch=1, max_seqlen=64)
+        decoder.start([PROMPTS[0]], None)
+        decoder.step()
+        gone = weakref.ref(decoder)
+        del decoder
+        assert gone() is None
 
 
 # Trees and mistakes
