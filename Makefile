@@ -15,8 +15,9 @@ demo: install
 	$(BIN)/medusa models fetch
 	$(BIN)/medusa generate "Explain how a rainbow forms." --compare
 
+# In several processes: much of the time one core emulates a GPU, interprets Triton or waits for a compiler.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 install: $(VENV)/.installed
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -9,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +38,15 @@ FLAGS = (
 )
 
 
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """One process at a time: the others that share the tests wait, and then find what it built."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def module() -> ModuleType:
     """The emulated `_C`, built if a source has changed since the last time."""
@@ -50,13 +62,12 @@ def module() -> ModuleType:
         HERE / "cuda_emu.h",
     ]
     shared = hashlib.sha256(b"".join([*(p.read_bytes() for p in sorted(headers)), repr(FLAGS).encode()]))
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with alone(FOLDER / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(functools.partial(_compiled, shared.digest()), sources))
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    library = FOLDER / f"{hashlib.sha256(''.join(map(str, objects)).encode()).hexdigest()[:16]}{suffix}"
-    if not library.exists():
-        _run("-shared", *map(str, objects), "-o", library)
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        library = FOLDER / f"{hashlib.sha256(''.join(map(str, objects)).encode()).hexdigest()[:16]}{suffix}"
+        if not library.exists():
+            _run("-shared", *map(str, objects), "-o", library)
     spec = importlib.util.spec_from_file_location("_C", library)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

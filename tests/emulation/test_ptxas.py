@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.emulation.build import alone
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem != "device")
 ARCHITECTURES = ("80", "90a")
@@ -29,17 +31,18 @@ def compiled(source: Path, arch: str) -> tuple[str, Path]:
     headers = sorted([*(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "csrc").glob("*.h")])
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in [source, *headers])).hexdigest()[:16]
     folder = ROOT / "build" / "ptxas"
-    folder.mkdir(parents=True, exist_ok=True)
-    target, report = folder / f"{source.stem}-sm_{arch}-{digest}.o", folder / f"{source.stem}-sm_{arch}-{digest}.txt"
-    if not report.exists():
-        for old in folder.glob(f"{source.stem}-sm_{arch}-*"):
-            old.unlink()
-        command = [NVCC, "-std=c++17", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        report.write_text(done.stderr)
-    return report.read_text(), target
+    name = f"{source.stem}-sm_{arch}"
+    target, report = folder / f"{name}-{digest}.o", folder / f"{name}-{digest}.txt"
+    with alone(folder / f"{name}.lock"):
+        if not report.exists():
+            for old in folder.glob(f"{name}-*"):
+                old.unlink()
+            command = [NVCC, "-std=c++17", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
+            command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            report.write_text(done.stderr)
+        return report.read_text(), target
 
 
 def machine_code(source: Path, arch: str) -> str:

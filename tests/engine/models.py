@@ -25,6 +25,12 @@ _TEMPORARY = tempfile.TemporaryDirectory(prefix="medusa-engine-tests-")
 atexit.register(_TEMPORARY.cleanup)
 FOLDER = Path(_TEMPORARY.name)
 
+
+def shown(case: object) -> str:
+    """A test case as its id says it: the same in all processes that share the tests, whose FOLDER differs."""
+    return str(case).replace(f"{FOLDER}/", "")
+
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,

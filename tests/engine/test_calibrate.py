@@ -22,6 +22,7 @@ from tests.engine.models import (
     fitted_heads,
     random_folder,
     random_model,
+    shown,
 )
 from tests.engine.models import PROMPTS as PROMPTS_OF_IDS
 
@@ -291,6 +292,7 @@ def test_temperatures_are_stored_with_ones_own_heads(tmp_path):
         (str(DEFAULT_HEADS), "the shipped heads: copy their folder"),
         (str(FOLDER / "counting-20.0"), "holds a whole model"),
     ],
+    ids=shown,
 )
 def test_where_temperatures_cannot_be_stored(folder, message):
     counting_folder()

@@ -11,7 +11,7 @@ import pytest
 from medusa_engine import Medusa, calibrate, calibration
 from medusa_engine.heads_files import load_heads
 from tests.engine.calibrating import PROMPTS, costs
-from tests.engine.models import counting_folder, counting_heads_folder
+from tests.engine.models import counting_folder, counting_heads_folder, shown
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -99,7 +99,7 @@ def test_without_matplotlib(command, monkeypatch, cache, tmp_path):
         (["--store"], "holds a whole model, not heads alone"),
         ([*HEADS, "--batch", 0], "0 is not in the range"),
     ],
-    ids=lambda case: " ".join(map(str, case)) if isinstance(case, list) else None,
+    ids=lambda case: " ".join(map(shown, case)) if isinstance(case, list) else None,
 )
 def test_a_mistake_is_one_line(arguments, message, command):
     code, out, err = command(*arguments)

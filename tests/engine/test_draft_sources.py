@@ -22,6 +22,7 @@ from tests.engine.models import (
     counting_folder,
     counting_heads_folder,
     random_folder,
+    shown,
     spoken,
     token,
     write_tokenizer,
@@ -230,7 +231,7 @@ def other_tokens():
         ({"draft": "prompt-lookup", "tree": 0}, r"between 1 and 256, not 0"),
         ({"draft": "prompt-lookup", "tree": "oak"}, r"no known tree"),
     ],
-    ids=lambda case: str(case)[:50],
+    ids=lambda case: shown(case)[:50],
 )
 def test_mistakes(options, message):
     with pytest.raises(ValueError, match=message) as caught:
