@@ -3,9 +3,9 @@
 Four tables per dtype, for SmolLM2-135M: each op of a step, the whole step against the tree's nodes (drafting included),
 the step while one core is busy with another job, and tokens per second against the context. Bytes are those that come
 from memory, weights and K/V; what lies in the caches counts nothing. The limit is the larger of two times: of the
-bytes, at the read bandwidth, and of the operations, at the speed of PyTorch's fp32 matrix product (times four for int8:
-VNNI does four products where FMA does one), both measured in turn with what they limit: memory shared with strangers is
-half as fast one minute as the next. Set OMP_WAIT_POLICY=PASSIVE, or PyTorch's threads spin while ours work.
+bytes, at the read bandwidth, and of the operations, at the speed of PyTorch's fp32 matrix product (for int8 times what
+`INT8_SPEED` says). Both are measured in turn with what they limit: memory shared with strangers is half as fast one
+minute as the next. Set OMP_WAIT_POLICY=PASSIVE, or PyTorch's threads spin while ours work.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from medusa_kernels._backends import _C
 DTYPES = ("float32", "bfloat16", "int8")
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 CACHE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 2}
-INT8_SPEED = 4  # times fp32
+# Times fp32. VNNI does four products in the place of one; AVX2 needs two multiplications for four, where FMA is one.
+INT8_SPEED = {"avx512": 4, "avx2": 2, "portable": 1}
 OF_WEIGHTS = ("linear", "draft_heads")  # the ops that int8 makes cheaper
 NODES = (1, 2, 4, 6, 8, 16, 32, 64)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096)
@@ -72,7 +73,7 @@ class Limits:
     def seconds(self, parts: Sequence[Part], dtype: str) -> float:
         """What these parts of a step take at the least."""
         size, _ = totals(parts)
-        faster = INT8_SPEED if dtype == "int8" else 1
+        faster = INT8_SPEED[_C.cpu.isa()] if dtype == "int8" else 1
         computing = sum(p.operations * p.calls / (faster if p.op in OF_WEIGHTS else 1) for p in parts)
         return max(size / self.bandwidth, computing / self.speed)
 
@@ -337,7 +338,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
         yield {
             "benchmark": "roofline",
             "dtype": dtype,
-            "int8_times_gflop_per_s": INT8_SPEED,
+            "int8_times_gflop_per_s": INT8_SPEED[_C.cpu.isa()],
             "ops": {n: op_table(p, dtype, args.rounds) for n, p in parts.items()},
             "steps": step_table(engine, args.nodes, args.step_context, args.rounds),
             "busy": busy_table(engine, args.busy, args.step_context, math.ceil(args.rounds / 5)),
