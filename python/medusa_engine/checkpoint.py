@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .config import ModelConfig
 from .errors import CheckpointError, HeadsOnlyError
+from .files import first_line, is_hub_id, read_json, read_json_if_any
 from .gguf_reader import GgufFile, GgufWeights
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SHOWN = 8  # names in a message before it only counts
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 _HUB_BINARIES = ("*.bin", "*.bin.index.json", "medusa_lm_head.pt")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class _Weights(Protocol):
@@ -147,7 +145,7 @@ def fetched(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
         CheckpointError: the hub does not give it.
     """
     name = os.fspath(model)
-    if name.endswith(".gguf") or not _HUB_ID.fullmatch(name) or Path(name).exists():
+    if name.endswith(".gguf") or not is_hub_id(name) or Path(name).exists():
         return model
     folder = download_snapshot(name, _HUB_FILES)
     if not any(folder.glob("*.safetensors")):
@@ -169,7 +167,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     shards = _find_weights(folder)
     config_file = folder / "config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = read_json_if_any(config_file)
     _refuse_heads(folder, config, has_weights=bool(shards))
     if not config_file.is_file():
         if ggufs := sorted(folder.glob("*.gguf")):
@@ -177,9 +175,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: no config.json; pass the folder that holds the model's config.json and weights"
         )
-    generation = folder / "generation_config.json"
     try:
-        parsed = ModelConfig.from_hf(config, read_json(generation) if generation.is_file() else None)
+        parsed = ModelConfig.from_hf(config, read_json_if_any(folder / "generation_config.json"))
     except CheckpointError:
         raise
     except ValueError as error:
@@ -268,7 +265,7 @@ class _TorchFiles:
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
             except Exception as error:  # torch.load raises whatever its unpickler met
                 raise CheckpointError(
-                    f"{file}: truncated, damaged or not plain tensors ({_first_line(error)}); "
+                    f"{file}: truncated, damaged or not plain tensors ({first_line(error)}); "
                     "download it again or use safetensors"
                 ) from None
             if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
@@ -298,25 +295,9 @@ def download_snapshot(repo: str, patterns: tuple[str, ...]) -> Path:
         return Path(snapshot_download(repo, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub client raises its own and its HTTP library's errors
         raise CheckpointError(
-            f"{repo}: no such folder here, and the hub did not give it ({_first_line(error)}); check the name, the "
+            f"{repo}: no such folder here, and the hub did not give it ({first_line(error)}); check the name, the "
             "network and `hf auth login`, or download the model elsewhere and pass its folder"
         ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CheckpointError for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{text.splitlines()[0]:.160}"
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

@@ -9,13 +9,13 @@ from pathlib import Path
 from .checkpoint import Checkpoint, open_checkpoint
 from .draft import Drafter, MedusaDrafter
 from .draft_model import ModelDrafter, first_layers_of
+from .files import is_hub_id
 from .heads import MedusaHeads
 from .model import Model
 from .prompt_lookup import PromptLookup
 from .tokenizer import Tokenizer
 
 _FIRST_LAYERS = re.compile(r"first-layers:(\d+)")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _OPTIONS = "'medusa', 'prompt-lookup', 'first-layers:N' or a draft model (a folder, a .gguf file or a hub id)"
 
 
@@ -49,7 +49,7 @@ def choose_drafter(
 def check_word(draft: object) -> str:
     """`draft` as a str. Raises ValueError for what can be no source, whatever the model."""
     name = os.fspath(draft) if isinstance(draft, (str, os.PathLike)) else ""
-    named = name in ("medusa", "prompt-lookup", "default") or _FIRST_LAYERS.fullmatch(name) or _HUB_ID.fullmatch(name)
+    named = name in ("medusa", "prompt-lookup", "default") or _FIRST_LAYERS.fullmatch(name) or is_hub_id(name)
     if not named and not (name and Path(name).expanduser().exists()):
         raise ValueError(f"draft must be {_OPTIONS}, not {draft!r}")
     return name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .checkpoint import CheckpointError, read_json
+from .files import first_line, is_hub_id, read_json, read_json_if_any
 from .heads import (
     DIALECTS,
     ROOT,
@@ -43,7 +42,6 @@ _MODEL_FILES = (
     "pytorch_model.bin.index.json",
 )
 _MODEL_GLOBS = ("*.safetensors", "*.pt", "*.bin")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "medusa_lm_head.pt", "pytorch_model*.bin"]
 
 
@@ -59,7 +57,7 @@ def load_heads(
     """
     place = Path(path).expanduser()
     if not place.exists():
-        if not _HUB_ID.fullmatch(os.fspath(path)):
+        if not is_hub_id(os.fspath(path)):
             raise HeadsError(f"no heads at {place}: no such file or folder")
         place = _fetch_from_hub(os.fspath(path))
     files = _weight_files(place) if place.is_dir() else [place]
@@ -69,7 +67,8 @@ def load_heads(
     except HeadsError as error:
         raise HeadsError(f"heads in {place}: {error}") from None
     tensors = {name: t for file in files for name, t in _read(file, wanted.intersection(names[file])).items()}
-    config = _read_config(place if place.is_dir() else place.parent)
+    folder = place if place.is_dir() else place.parent
+    config = read_json_if_any(folder / "config.json", HeadsError)
     return heads_from_tensors(tensors, config, source=str(place), hidden_size=hidden_size, vocab_size=vocab_size)
 
 
@@ -134,19 +133,8 @@ def base_model_of(folder: str | os.PathLike) -> str | None:
 
     Raises HeadsError for a broken config.
     """
-    name = base_name(_read_config(Path(folder)))
+    name = base_name(read_json_if_any(Path(folder) / "config.json", HeadsError))
     return str(Path(folder) / name) if name and (Path(folder) / name).exists() else name
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return _read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except CheckpointError as error:
-        raise HeadsError(str(error)) from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -162,7 +150,7 @@ def _model_files(folder: Path) -> list[Path]:
     if found := [folder / name for name in _MODEL_FILES if (folder / name).exists()][:1]:
         if found[0].suffix != ".json":
             return found
-        shards = _read_json(found[0]).get("weight_map")
+        shards = read_json(found[0], HeadsError).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise HeadsError(f"cannot read {found[0]}: it has no weight_map from tensor names to files")
         return [folder / shard for shard in sorted(set(shards.values()))]
@@ -190,7 +178,7 @@ def _read(file: Path, wanted: Iterable[str] | None) -> dict[str, Tensor | None]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # given a damaged file, the two libraries raise almost anything
         # torch's own text would be many lines that explain how to run the file's code all the same
-        reason = _first_line(error) if file.suffix == ".safetensors" else "torch.load(weights_only=True) refuses it"
+        reason = first_line(error) if file.suffix == ".safetensors" else "torch.load(weights_only=True) refuses it"
         raise HeadsError(f"cannot read {file}: damaged, or more inside than tensors ({reason})") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise HeadsError(f"cannot read {file}: it must hold one dict from names to tensors")
@@ -205,7 +193,7 @@ def _fetch_from_hub(name: str) -> Path:
     except Exception as error:  # offline, unknown, private: the user needs one line, not the client's own types
         raise HeadsError(
             f"no heads at {name!r}: no such file or folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {_first_line(error)}); without a network, pass a local folder or file"
+            f"({type(error).__name__}: {first_line(error)}); without a network, pass a local folder or file"
         ) from error
 
 
@@ -217,7 +205,3 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:160]

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import read_json
 from .errors import CheckpointError
+from .files import read_json_if_any
 from .vocabulary import add_bos_eos, vocabulary_from_gguf, vocabulary_from_sentencepiece
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class Tokenizer:
         """
         from tokenizers import Tokenizer as Backend
 
-        config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
+        named, configured = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
+        config = {**read_json_if_any(named), **read_json_if_any(configured)}
         special = {name: _content(config[name]) for name in _NAMED if config.get(name)}
         if (folder / "tokenizer.json").is_file():
             try:
@@ -90,7 +91,7 @@ class Tokenizer:
             return cls.missing(
                 f"{folder} has no tokenizer.json or tokenizer.model: copy the base model's into it, or pass token ids"
             )
-        _add_configured_tokens(backend, config, _read_json(folder / "added_tokens.json"), special)
+        _add_configured_tokens(backend, config, read_json_if_any(folder / "added_tokens.json"), special)
         if not (folder / "tokenizer.json").is_file():
             # tokenizer.json says itself what is added to a text; a SentencePiece model cannot.
             bos, eos = config.get("add_bos_token", True), config.get("add_eos_token", False)
@@ -348,7 +349,3 @@ def _add_configured_tokens(
 def _content(token: Any) -> str:
     """A token that a configuration file writes as a string or as an object."""
     return token["content"] if isinstance(token, Mapping) else str(token)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

@@ -1,0 +1,39 @@
+"""What the modules that open models and heads share: hub ids, JSON files, and errors in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a hub id, org/name. So has many a relative path: look for a file first."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def read_json(path: Path, error: type[ValueError] = CheckpointError) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error` for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise error(f"{path}: not readable as JSON ({fault}); download it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_json_if_any(path: Path, error: type[ValueError] = CheckpointError) -> dict[str, Any]:
+    """As `read_json`; {} where there is no such file."""
+    return read_json(path, error) if path.is_file() else {}
+
+
+def first_line(error: Exception) -> str:
+    """What the error says, up to 160 characters of its first line; the name of its type if it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return f"{text.splitlines()[0]:.160}"
