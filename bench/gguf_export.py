@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medusa_engine.checkpoint import Checkpoint, open_checkpoint
 from medusa_engine.default_model import cache_root
+from medusa_engine.files import replacing
 
 if TYPE_CHECKING:
     import gguf
@@ -51,10 +50,8 @@ def export(folder: Path, precision: str, target: Path) -> None:
     checkpoint = open_checkpoint(folder)
     if checkpoint.config.architecture != "llama":
         raise ValueError(f"only llama models are exported, not {checkpoint.config.architecture!r}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as work:
-        path = Path(work) / target.name
-        writer = gguf.GGUFWriter(path, "llama")
+    with replacing(target) as partial:
+        writer = gguf.GGUFWriter(partial, "llama")
         _add_config(writer, checkpoint, precision)
         _add_tokenizer(writer, folder, checkpoint)
         _add_tensors(writer, checkpoint, precision)
@@ -62,7 +59,6 @@ def export(folder: Path, precision: str, target: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(path, target)
 
 
 def _add_config(writer: gguf.GGUFWriter, checkpoint: Checkpoint, precision: str) -> None:

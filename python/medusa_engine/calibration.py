@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from medusa_kernels import Tree
 from . import machine
 from .default_model import cache_root
 from .draft import MedusaDrafter
+from .files import replacing
 from .model import Model
 
 _VERSION = 1
@@ -141,14 +141,9 @@ def write(path: Path, calibration: Calibration) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replaces the file in one move, so that no reader and no interruption meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    """Replaces the file in one move."""
+    with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _name(model: Model, drafter: MedusaDrafter) -> str:

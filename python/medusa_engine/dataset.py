@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import replacing
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -47,15 +49,11 @@ def write_shard(path: Path, conversations: list[Conversation]) -> None:
     }
     if conversations[0].hidden is not None:
         tensors["hidden"] = torch.cat([c.hidden for c in conversations]).bfloat16()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file(tensors, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, partial)
     except SafetensorError as error:  # it hides the operating system's error
         raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def shard_size(path: str | os.PathLike) -> tuple[int, int]:

@@ -1,9 +1,12 @@
-"""What the modules that open models and heads share: hub ids, JSON files, and errors in one line."""
+"""What the modules that read and write files share: hub ids, JSON, whole files or none, and errors in one line."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,21 @@ def read_json(path: Path, error: type[ValueError] = CheckpointError) -> dict[str
 def read_json_if_any(path: Path, error: type[ValueError] = CheckpointError) -> dict[str, Any]:
     """As `read_json`; {} where there is no such file."""
     return read_json(path, error) if path.is_file() else {}
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends: no reader and no interruption meets half a file.
+
+    An error or Ctrl-C in the block leaves `path` as it was and nothing beside it. Its folder is made if there is none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def first_line(error: Exception) -> str:

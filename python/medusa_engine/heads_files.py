@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import first_line, is_hub_id, read_json, read_json_if_any
+from .files import first_line, is_hub_id, read_json, read_json_if_any, replacing
 from .heads import (
     DIALECTS,
     ROOT,
@@ -112,9 +112,10 @@ def save_heads(
         tensors[TOKEN_MAP] = heads.token_map.detach().cpu().contiguous()
         config["truncated_vocab_size"] = len(heads.token_map)
     text = json.dumps({**config, **heads.metadata, **(config_extra or {}), **config}, indent=2) + "\n"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _replace(Path(folder) / HEADS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
-    _replace(Path(folder) / "config.json", lambda file: file.write_text(text, encoding="utf-8"))
+    with replacing(Path(folder) / HEADS_FILE) as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+    with replacing(Path(folder) / "config.json") as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def is_heads_only(folder: str | os.PathLike) -> bool:
@@ -195,13 +196,3 @@ def _fetch_from_hub(name: str) -> Path:
             f"no heads at {name!r}: no such file or folder, and the Hugging Face hub did not give it "
             f"({type(error).__name__}: {first_line(error)}); without a network, pass a local folder or file"
         ) from error
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `file`, then rename over it."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dataset import Conversation
+from .files import replacing
 from .heads import ROOT_EPS, MedusaHeads
 from .stepping import best_paths, tokens_per_step
 
@@ -283,20 +284,15 @@ class Trainer:
         return Batch(*on_device)
 
     def save(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = {
             "options": asdict(self.options),
             "step": self.step,
             "module": self.module.state_dict(),
             "optimizer": self._optimizer.state(),
         }
-        partial = self.folder / "state.pt.partial"
-        try:
-            with open(partial, "wb") as file:  # by path, torch would hide the operating system's error
-                torch.save(state, file)
-            os.replace(partial, self.folder / "state.pt")
-        finally:
-            partial.unlink(missing_ok=True)
+        # By path, torch would hide the operating system's error.
+        with replacing(self.folder / "state.pt") as partial, open(partial, "wb") as file:
+            torch.save(state, file)
 
     def _restore(self) -> None:
         state = saved_state(self.folder, self.options, self.device)
