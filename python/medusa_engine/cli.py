@@ -61,14 +61,12 @@ def _check_stop(context, parameter, value: tuple[str, ...]) -> tuple[str, ...]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def generate(load, prompt, no_medusa, no_chat, compare, as_json, **options) -> None:
     """Answer PROMPT ('-' reads it from standard input)."""
-    from . import preparation
-
     options = {**options, "chat": not no_chat}
     runs = {"plain": False, "medusa": True} if compare else {"plain" if no_medusa else "medusa": not no_medusa}
     with mistakes():
         engine = load()
         for medusa in runs.values():
-            preparation.check(engine, [prompt], medusa=medusa, **options)
+            engine.check([prompt], medusa=medusa, **options)
     results = {}
     for name, medusa in runs.items():
         if as_json:
@@ -152,14 +150,14 @@ def bench(load, prompts, texts, max_new_tokens, drafts, output, as_json) -> None
     for name in ("draft", "tree"):
         if drafts is not None and given(name):
             raise click.UsageError(f"--{name} cannot be given with --drafts, where each source names its own")
-    from . import benchmark, draft_benchmark, preparation
+    from . import benchmark, draft_benchmark
 
     with mistakes():
         engine = load()
         sources = [(draft, engine.with_draft(draft, tree=tree)) for draft, tree in drafts or []]
-        preparation.check(engine, texts, max_new_tokens, medusa=False)
+        engine.check(texts, max_new_tokens, medusa=False)
         for guessing in [engine] if drafts is None else [one for _, one in sources]:
-            preparation.check(guessing, texts, max_new_tokens)
+            guessing.check(texts, max_new_tokens)
     options = {"prompt_set": prompts, "max_new_tokens": max_new_tokens}
     if drafts is None:
         row, table = benchmark.compare(engine, texts, **options), benchmark.table
@@ -189,12 +187,12 @@ def verify(load, prompts, texts, max_new_tokens, batch, beside, as_json) -> int:
     params = click.get_current_context().params
     if beside and params["dtype"] == "int8":
         raise click.UsageError("transformers has no weights of dtype 'int8' to compare with; use --dtype float32")
-    from . import divergence, preparation
+    from . import divergence
 
     with mistakes():
         engine = load()
         for medusa in (False, True):
-            preparation.check(engine, texts, max_new_tokens, medusa=medusa)
+            engine.check(texts, max_new_tokens, medusa=medusa)
         theirs = divergence.Transformers(params["model"], engine) if beside else None
     result = divergence.verify(engine, texts, max_new_tokens, transformers=theirs, batch=batch)
     click.echo(json.dumps({"prompts": prompts, **result}) if as_json else divergence.report(result, texts))
@@ -230,7 +228,6 @@ def calibrate(load, prompts, texts, max_new_tokens, batches, context, rounds, st
     """
     from . import calibrate as measure
     from . import calibration_report as report
-    from . import preparation
 
     params = click.get_current_context().params
     options = {"max_new_tokens": max_new_tokens, "batches": batches, "context": context, "rounds": rounds}
@@ -239,7 +236,7 @@ def calibrate(load, prompts, texts, max_new_tokens, batches, context, rounds, st
         draws = report.has_matplotlib(required=plot is not None)
         engine = load()
         measure.check(engine, texts, **options)
-        preparation.check(engine, texts, max_new_tokens, medusa=False)
+        engine.check(texts, max_new_tokens, medusa=False)
     path, found = measure.calibrate(engine, texts, prompt_set=prompts, label=params["model"], **options)
     if heads:
         measure.store_temperatures(heads, found.temperatures)
@@ -273,13 +270,12 @@ def trace(load, prompt, output, max_new_tokens, no_chat, as_json, **sampling) ->
 
     The page needs no server and no network.
     """
-    from . import preparation
     from .sampling import SamplingOptions
     from .trace import page, record, summary
 
     with mistakes():
         engine = load()
-        preparation.check(engine, [prompt], max_new_tokens, chat=not no_chat, **sampling)
+        engine.check([prompt], max_new_tokens, chat=not no_chat, **sampling)
     recorded = record(engine, prompt, max_new_tokens, SamplingOptions(**sampling), chat=not no_chat)
     output.write_text(page(recorded), encoding="utf-8")
     found = {"page": str(output), **summary(recorded)}

@@ -158,6 +158,27 @@ class Medusa:
         rows = cheap_rows(self.model.device)
         return choose_tree(self._tree, self._drafter, rows=rows, batch=batch)
 
+    def check(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        *,
+        stop: str | Sequence[str] | None = None,
+        ignore_eos: bool = False,
+        medusa: bool = True,
+        chat: bool = True,
+        **sampling,
+    ) -> None:
+        """Raises the ValueError or TypeError that `generate` would for any of these prompts alone, without its work.
+
+        Args:
+            prompts: many; the rest is `generate`'s, sampling options one value each.
+        """
+        _, ids = self._encode(list(prompts), chat)
+        options = SamplingOptions(**sampling)
+        steps, _, _ = self._prepare([max(ids, key=len)], max_new_tokens, options, stop, ignore_eos, medusa)
+        self._steps[medusa] = steps  # bound already, for the generation that follows
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],

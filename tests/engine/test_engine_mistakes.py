@@ -114,6 +114,21 @@ def test_a_text_whose_token_has_no_row_in_the_embedding(monkeypatch):
         engine.generate("a", 4, chat=False)
 
 
+def test_check_refuses_what_generate_would_and_keeps_the_decoder(monkeypatch):
+    engine = load()
+    monkeypatch.setattr("medusa_engine.decode.Decoder.start", lambda *_: pytest.fail("work was done"))
+    engine.check(["a", "a" * 120], 8, medusa=False)
+    bound = engine._steps[False]
+    engine.check(["a"], 8, medusa=False, mode="lossless", temperature=0.5)
+    assert engine._steps[False] is bound
+    with pytest.raises(ValueError, match=r"prompt of 121 tokens \+ max_new_tokens 8 exceeds max_seqlen 128"):
+        engine.check(["a", "a" * 121], 8, medusa=False)
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        engine.check(["a", ""], 8, medusa=False)
+    with pytest.raises(ValueError, match="this model has no Medusa heads"):
+        engine.check(["a"], 8)
+
+
 def test_too_long_is_an_error_before_any_work(monkeypatch):
     engine = load(heads=counting_heads_folder())
     monkeypatch.setattr("medusa_engine.decode.Decoder.start", lambda *_: pytest.fail("work was done"))
