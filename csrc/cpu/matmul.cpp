@@ -220,10 +220,6 @@ void int8_block(const uint8_t* tile, const Rows& rows, Block block, Span span, f
 }
 
 // Calls body with R = `count` as a compile-time constant, 1 <= count <= kMost.
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
 template <int kMost, class Body>
 inline void with_count(int count, const Body& body) {
   if constexpr (kMost > 1) {

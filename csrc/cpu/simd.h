@@ -95,6 +95,12 @@ struct Pointee<T*> {
 template <class Pointer>
 using pointee = typename Pointee<Pointer>::type;
 
+// A number as a type, so that a body is compiled for it.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 inline int element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline Vec load_part(const void* p, DType dtype, int64_t index, int count) {

@@ -127,10 +127,6 @@ void value_kernel(const float* weights, int64_t weights_ld, const T* values, int
   }
 }
 
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
 // Calls body(Count<R>, row) for blocks of at most kSums rows.
 template <int R = kSums, class Body>
 inline void for_rows(int row, int rows, const Body& body) {
