@@ -102,7 +102,7 @@ def uniform(places: Tensor) -> dict[str, float]:
 def text_weights(engine: Medusa, prompt: list[int], ids: list[int], cut: Mapping[str, float]) -> Tensor:
     """What each of `ids` should have been drawn from, unscaled: fp32 (ids, vocab)."""
     read = torch.tensor([*prompt, *ids[:-1]], dtype=torch.int32)
-    logits = torch.cat([chunk.clone() for chunk in read_logits(engine.model, read)])[len(prompt) - 1 :]
+    logits = torch.cat(list(read_logits(engine.model, read)))[len(prompt) - 1 :]
     return torch.stack([kept_weights(row, **cut) for row in logits])
 
 

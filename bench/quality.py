@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from medusa_engine import Medusa
 from medusa_engine.benchmark import append_row, where
-from medusa_engine.model import Forward, Model
-from medusa_engine.prefill import chain_layout
+from medusa_engine.model import Model
+from medusa_engine.prefill import PREFILL_CHUNK, hidden_rows
 
 DTYPES = ("float32", "bfloat16", "int8")
 MODULES = {"code": ("heapq", "textwrap"), "prose": ("statistics", "unittest.mock")}
 WINDOW = 1024
-CHUNK = 64  # tokens read at once
 MOST_PERPLEXITY = 1.01  # of int8, relative to bfloat16's
 
 
@@ -91,24 +90,17 @@ def read(model: Model, rows: Tensor) -> Reading:
 
 def _read_window(model: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
     losses, choices = [], []
-    for logits, following in zip(read_logits(model, ids[:-1]), ids[1:].long().split(CHUNK), strict=True):
+    for logits, following in zip(read_logits(model, ids[:-1]), ids[1:].long().split(PREFILL_CHUNK), strict=True):
         losses.append(torch.nn.functional.cross_entropy(logits.double(), following, reduction="none"))
         choices.append(logits.argmax(-1))
     return torch.cat(losses), torch.cat(choices)
 
 
 def read_logits(model: Model, ids: Tensor) -> Iterator[Tensor]:
-    """The logits (rows, vocab) after each of int32 `ids` (length,), CHUNK rows at a time; valid until the next."""
-    cache, forward = model.new_cache(1, len(ids)), None
-    for chunk in ids.split(CHUNK):
-        n = len(chunk)
-        if forward is None or forward.tokens.shape[1] != n:
-            forward = Forward(model, cache, n, *chain_layout(n, model.device))
-            logits, head = model.head(forward.hidden)
-        forward.tokens.copy_(chunk)
-        forward.run()
+    """The logits (rows, vocab) after each of int32 `ids` (length,), PREFILL_CHUNK rows at a time."""
+    for hidden in hidden_rows(model, model.new_cache(1, len(ids)), ids):
+        logits, head = model.head(hidden)
         head()
-        cache.seqlens.add_(n)
         yield logits
 
 

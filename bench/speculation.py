@@ -48,7 +48,7 @@ def measure(
         texts.append((len(ids), torch.tensor(ids + out.token_ids, dtype=torch.int32)))
 
     def distributions(model, start: int, text: Tensor) -> Tensor:
-        logits = torch.cat([chunk.clone() for chunk in read_logits(model, text[:-1])])[start - 1 :]
+        logits = torch.cat(list(read_logits(model, text[:-1])))[start - 1 :]
         return (logits.double() / temperature).softmax(1)
 
     drafts = {count: first_layers_of(engine.model, count) for count in layers}

@@ -19,6 +19,7 @@ from medusa_kernels.verify_tree import MODES, Acceptance
 
 from .dataset import Conversation, shard_paths, shard_size, write_shard
 from .model import Forward, Model
+from .prefill import hidden_rows
 from .tokenizer import Tokenizer
 from .train import LEAST_CONVERSATIONS
 
@@ -192,23 +193,10 @@ def _held(folder: Path) -> tuple[int, int]:
 
 def add_hidden(model: Model, conversations: list[Conversation]) -> list[Conversation]:
     """The same conversations with the hidden rows that chose their answers' tokens, by one prefill each."""
-    longest = max(len(c.ids) for c in conversations)
-    cache = model.new_cache(1, longest)
-    chunk = 128
-    passes: dict[int, Forward] = {}
+    cache = model.new_cache(1, max(len(c.ids) for c in conversations))
     result = []
     for conversation in tqdm(conversations, desc="hidden rows", disable=None):
-        cache.seqlens.zero_()
-        rows = []
-        for part in conversation.ids[:-1].split(chunk):
-            n = len(part)
-            if n not in passes:
-                chain = Tree.named(f"chain-{n - 1}") if n > 1 else Tree.from_choices([])
-                passes[n] = Forward(model, cache, n, chain.depths.to(model.device), chain.mask_words.to(model.device))
-            passes[n].tokens.copy_(part)
-            passes[n].run()
-            cache.seqlens.add_(n)
-            rows.append(passes[n].hidden.to("cpu", torch.bfloat16))
+        rows = [chunk.to("cpu", torch.bfloat16) for chunk in hidden_rows(model, cache, conversation.ids[:-1])]
         hidden = torch.cat(rows)[conversation.answer_start - 1 :]
         result.append(Conversation(conversation.ids, conversation.answer_start, hidden))
     return result

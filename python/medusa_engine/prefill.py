@@ -1,6 +1,8 @@
-"""A prompt into one sequence's cache, in causal chunks."""
+"""A text into one sequence's cache, in causal chunks."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -26,15 +28,24 @@ def prefill(model: Model, cache: KVCache, prompt: list[int]) -> Tensor:
     Returns:
         (1, hidden_size), the row after the final norm that the token after the prompt is chosen from.
     """
+    *_, hidden = hidden_rows(model, cache, torch.tensor(prompt, dtype=torch.int32, device=model.device))
+    return hidden[-1:]
+
+
+def hidden_rows(model: Model, cache: KVCache, tokens: Tensor) -> Iterator[Tensor]:
+    """Reads int32 `tokens` (length,), a prompt, into `cache`, one sequence's, from row 0.
+
+    Yields:
+        (n, hidden_size), the rows of each chunk of n <= PREFILL_CHUNK tokens after the final norm; valid until the
+        next.
+    """
     cache.seqlens.zero_()
-    tokens = torch.tensor([prompt], dtype=torch.int32, device=model.device)
     forward = None
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        chunk = tokens[:, start : start + PREFILL_CHUNK]
-        n = chunk.shape[1]
-        if forward is None or forward.tokens.shape != chunk.shape:
-            forward = Forward(model, cache, n, *chain_layout(n, model.device), prompt_length=len(prompt))
+    for chunk in tokens.split(PREFILL_CHUNK):
+        n = len(chunk)
+        if forward is None or forward.tokens.shape[1] != n:
+            forward = Forward(model, cache, n, *chain_layout(n, model.device), prompt_length=len(tokens))
         forward.tokens.copy_(chunk)
         forward.run()
         cache.seqlens.add_(n)
-    return forward.hidden[-1:]
+        yield forward.hidden
