@@ -64,7 +64,8 @@ def test_drafting_counts_where_there_is_a_tree(config):
     assert [("draft heads" in n, "heads' root" in n) for n in names] == [(True, False), (True, True), (False, False)]
 
 
-def test_limits():
+def test_limits(monkeypatch):
+    monkeypatch.setattr(roofline, "INT8_SPEED", dict.fromkeys(roofline.INT8_SPEED, 4))
     parts = [Part("a", "linear", {}, 2, bytes=100, operations=400), Part("b", "silu_mul", {}, 1, operations=100)]
     assert totals(parts) == (200, 900)
     assert Limits(bandwidth=10, speed=1e9).seconds(parts, "bfloat16") == 20
