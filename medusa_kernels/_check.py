@@ -131,12 +131,16 @@ def tree_mask(value: object, batch: int, n: int, device: torch.device) -> Tensor
     if values_wanted(device):
         rows = torch.arange(n, device=device)
         own = mask.gather(-1, (rows // 64).expand(mask.shape[:-1]).unsqueeze(-1)).squeeze(-1)
-        if not bool(((own >> (rows % 64)) & 1).all()):
-            raise ValueError("tree_mask must let every node see itself: bit i of row i is clear in some row")
+        blind = ((own >> (rows % 64)) & 1) == 0
+        if bool(blind.any()):
+            row = int(blind.nonzero()[0, -1])
+            raise ValueError(f"tree_mask must let every node see itself; bit {row} of row {row} is clear")
         spare = words * 64 - n
         # The shift is arithmetic: masking off the copies of the sign bit leaves exactly the spare bits.
-        if spare and bool(((mask[..., -1] >> (64 - spare)) & ((1 << spare) - 1)).any()):
-            raise ValueError(f"tree_mask must have every bit from {n} up clear (n is {n})")
+        beyond = (mask[..., -1] >> (64 - spare)) & ((1 << spare) - 1) if spare else None
+        if spare and bool(beyond.any()):
+            row = int(beyond.nonzero()[0, -1])
+            raise ValueError(f"tree_mask must have every bit from {n} up clear (n is {n}); row {row} has one set")
     return mask
 
 

@@ -56,11 +56,19 @@ def _checked(kv_cache, accepted_nodes, accept_length, cache_seqlens, backend):
         _check.all_between("accept_length", accept_length, 0, width - 1)
         _check.all_between("accepted_nodes", accepted_nodes, -1, _check.MAX_NODES - 1)
         used = torch.arange(width, device=device) <= accept_length[:, None]
-        rising = accepted_nodes[:, 1:] > accepted_nodes[:, :-1]
-        if bool((accepted_nodes < 0)[used].any()) or not bool(rising[used[:, 1:]].all()):
-            raise ValueError("accepted_nodes must hold rising node ids up to accept_length in every row")
-        if bool(((cache_seqlens[:, None] + accepted_nodes) >= max_seqlen)[used].any()):
-            raise ValueError(f"accepted_nodes must stay inside the cache: a row lies past max_seqlen ({max_seqlen})")
+        wrong = used & (accepted_nodes < 0)
+        wrong[:, 1:] |= used[:, 1:] & (accepted_nodes[:, 1:] <= accepted_nodes[:, :-1])
+        if bool(wrong.any()):
+            row = int(wrong.any(1).nonzero()[0])
+            held = accepted_nodes[row, : accept_length[row] + 1].tolist()
+            raise ValueError(
+                f"accepted_nodes must hold rising node ids up to accept_length in every row; row {row} holds {held}"
+            )
+        last = int((cache_seqlens[:, None] + accepted_nodes)[used].max())
+        if last >= max_seqlen:
+            raise ValueError(
+                f"accepted_nodes must stay inside the cache: cache_seqlens + node is {last}, max_seqlen {max_seqlen}"
+            )
     launch = resolve("compact_kv", BACKENDS, backend, device)
     launch(kv_cache, accepted_nodes.contiguous(), accept_length.contiguous(), cache_seqlens)
 

@@ -92,7 +92,8 @@ def _checked(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm,
         if weight is not None:
             _check.tensor(name, weight, shape=(head_dim,), dtype=_check.FLOATS, device=q.device)
     if (q_norm is None) != (k_norm is None) or (q_norm is not None and q_norm.dtype != k_norm.dtype):
-        raise ValueError("q_norm and k_norm must be given together, in one dtype")
+        found = " and ".join("None" if weight is None else str(weight.dtype) for weight in (q_norm, k_norm))
+        raise ValueError(f"q_norm and k_norm must be given together, in one dtype, not {found}")
     norm_eps = _check.positive("norm_eps", norm_eps)
     launch = resolve("rotary_append", BACKENDS, backend, q.device)
     cos, sin, depths = cos.contiguous(), sin.contiguous(), depths.contiguous()
