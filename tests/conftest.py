@@ -2,6 +2,10 @@ import os
 import sys
 from pathlib import Path
 
+# Before PyTorch is there: in processes that share the cores, its threads spin in each other's way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
