@@ -159,7 +159,7 @@ def calls(
             judge_node_kernel,
             batch * n,
             (*judge, parents_stride, n, vocab),
-            {"BLOCK": block(vocab, 16, 4096), "NODES": nodes},
+            {"BLOCK": block(vocab, 16, 2048), "NODES": nodes},
             warps=16,
         ),
         Call(
