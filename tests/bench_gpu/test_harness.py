@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from bench.gpu import harness
 from tests.bench_gpu.tiny import rows_of
@@ -32,16 +33,20 @@ def test_no_case_begins_after_the_deadline(options, tmp_path):
     assert (row["benchmark"], row["reason"]) == ("skipped", "out of time, with 2 cases left")
 
 
-def test_another_worker_goes_on_behind_the_case_that_killed_the_last(options, tmp_path):
-    """The stand-in worker dies in case 1 of 3 and notes which cases it ran."""
-    progress, ran = tmp_path / "progress", tmp_path / "ran"
-    script = (
-        "import os, pathlib, sys\n"
+def stand_in(progress: Path, ran: Path, in_case_1: str) -> str:
+    """The script of a worker of 3 cases that notes in `ran` which ones it began, and does `in_case_1` in case 1."""
+    return (
+        "import os, pathlib, sys, time\n"
         f"progress, ran = pathlib.Path({str(progress)!r}), open({str(ran)!r}, 'a')\n"
         "for i in range(int(sys.argv[1]), 3):\n"
         "    progress.write_text(f'{i} case {i}'); ran.write(str(i)); ran.flush()\n"
-        "    if i == 1: os.abort()\n"
+        f"    if i == 1: {in_case_1}\n"
     )
+
+
+def test_another_worker_goes_on_behind_the_case_that_killed_the_last(options, tmp_path):
+    progress, ran = tmp_path / "progress", tmp_path / "ran"
+    script = stand_in(progress, ran, "os.abort()")
     record = harness.Recorder(options.rows, "kernels", {})
     harness.run_phase(
         lambda skip: [sys.executable, "-c", script, str(skip)], record, progress,
@@ -54,13 +59,7 @@ def test_another_worker_goes_on_behind_the_case_that_killed_the_last(options, tm
 
 def test_a_case_that_hangs_costs_only_itself(options, tmp_path):
     progress, ran = tmp_path / "progress", tmp_path / "ran"
-    script = (
-        "import pathlib, sys, time\n"
-        f"progress, ran = pathlib.Path({str(progress)!r}), open({str(ran)!r}, 'a')\n"
-        "for i in range(int(sys.argv[1]), 3):\n"
-        "    progress.write_text(f'{i} case {i}'); ran.write(str(i)); ran.flush()\n"
-        "    if i == 1: time.sleep(60)\n"
-    )
+    script = stand_in(progress, ran, "time.sleep(60)")
     harness.run_phase(
         lambda skip: [sys.executable, "-c", script, str(skip)], harness.Recorder(options.rows, "kernels", {}),
         progress, deadline=options.deadline, case_seconds=1,

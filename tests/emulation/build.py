@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -11,12 +9,13 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
+
+from tests.emulation.locking import alone
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -36,15 +35,6 @@ FLAGS = (
     *("-DMEDUSA_EMULATE", "-DMEDUSA_WITH_CUDA", f"-I{ROOT / 'csrc'}", f"-I{HERE}"),
     *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),
 )
-
-
-@contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """One process at a time: the others that share the tests wait, and then find what it built."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulation.build import alone
+from tests.emulation.locking import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(p for p in (ROOT / "csrc" / "cuda").glob("*.cu") if p.stem != "device")
