@@ -76,7 +76,7 @@ inline void merge_pairs(Vec even, Vec odd, Vec& low, Vec& high) {
   high.v = _mm256_permute2f128_ps(a, b, 0x31);
 }
 
-inline void transpose(Vec (&m)[8]) {
+__attribute__((always_inline)) inline void transpose(Vec (&m)[8]) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
     a[i] = _mm256_unpacklo_ps(m[i].v, m[i + 1].v);
