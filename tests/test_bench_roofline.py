@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench import ops, roofline
-from bench.roofline import Limits, Part, lines, part_call, rounds, step_parts, totals
+from bench.roofline import lines, part_call, rounds
+from bench.step_parts import DTYPES, INT8_SPEED, Limits, Part, step_parts, totals
 from medusa_engine import Medusa
 from medusa_engine.checkpoint import open_checkpoint
 from medusa_engine.heads import MedusaHeads
@@ -26,7 +27,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(roofline, "PRODUCT", 16)
 
 
-@pytest.mark.parametrize("dtype", roofline.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_move_and_compute_what_the_ops_do(config, dtype):
     """Beside activations, which stay in the caches, bench.ops counts the same tensors byte for byte."""
     storage = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}[dtype]
@@ -65,7 +66,7 @@ def test_drafting_counts_where_there_is_a_tree(config):
 
 
 def test_limits(monkeypatch):
-    monkeypatch.setattr(roofline, "INT8_SPEED", dict.fromkeys(roofline.INT8_SPEED, 4))
+    monkeypatch.setitem(INT8_SPEED, roofline._C.cpu.isa(), 4)
     parts = [Part("a", "linear", {}, 2, bytes=100, operations=400), Part("b", "silu_mul", {}, 1, operations=100)]
     assert totals(parts) == (200, 900)
     assert Limits(bandwidth=10, speed=1e9).seconds(parts, "bfloat16") == 20
@@ -85,7 +86,7 @@ def test_rounds_take_turns():
     assert {name: len(times) for name, times in taken.items()} == {"a": 2, "b": 2}
 
 
-@pytest.mark.parametrize("dtype", roofline.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_part_runs_and_is_right(config, dtype):
     for part in step_parts(config, HEADS, dtype, nodes=4, context=20):
         part_call(part, dtype)()

@@ -26,7 +26,7 @@ struct Partial {
 constexpr int64_t kPartial = sizeof(Partial) / sizeof(float);
 
 // The query rows [begin, end) of the K/V heads [first_head, last_head) of a sequence; row = node * group + head of the
-// group. Where a thread's own memory is asked for, it is for one head after the other.
+// group.
 template <class T>
 class Task {
  public:
