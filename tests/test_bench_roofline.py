@@ -146,7 +146,7 @@ def test_the_whole_run(monkeypatch, capsys, tmp_path):
 
 def test_a_step_without_kernels_runs_none():
     engine = Medusa.from_pretrained(counting_folder(), counting_heads_folder(), dtype="float32", tree="chain-3")
-    decoder = roofline.without_kernels(engine, engine._drafter, engine.tree(1), 32)
+    decoder = roofline.without_kernels(engine, engine.drafter, engine.tree(1), 32)
     decoder.cache.data.fill_(torch.nan)
     decoder._logits.fill_(torch.nan)
     assert decoder.step() == [[0]]

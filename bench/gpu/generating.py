@@ -83,7 +83,7 @@ def waits_for_the_host(draft: str, tree: str, *, device: str = "cuda") -> str:
     """What of a step makes PyTorch wait for the GPU, verb by verb and from a graph; else an empty string."""
     tiny = engine(draft, tree, device=device, backend="auto")
     decoder = Decoder(
-        tiny.model, tiny._drafter, tiny.tree(len(PROMPTS)), batch=len(PROMPTS), max_seqlen=400, run_ahead=RUN_AHEAD
+        tiny.model, tiny.drafter, tiny.tree(len(PROMPTS)), batch=len(PROMPTS), max_seqlen=400, run_ahead=RUN_AHEAD
     )
     gpu = Cuda(tiny.model.device)
     steps = StepsAhead(decoder, gpu)

@@ -176,7 +176,7 @@ def verify(
         A row for `bench/results` or `report`: the worst verdict of all; per opponent how many prompts got each verdict
         and the largest logit error; and every difference with its prompt's index, both tokens and their spelling.
     """
-    _, ids = engine._encode(list(prompts), chat)
+    _, ids = engine.encode(list(prompts), chat)
     found: dict[str, list[Comparison]] = {"medusa": []}
     if transformers is not None:
         found["transformers"] = []

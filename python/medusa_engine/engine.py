@@ -46,6 +46,7 @@ class Medusa:
         heads: the Medusa heads, or None.
         backend, dtype: as chosen; "auto" and None resolved.
         max_seqlen: prompt + new tokens at most.
+        drafter: what guesses ahead, or None.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class Medusa:
         self._eos = tuple(checkpoint.config.eos_token_ids) or tuple(self.tokenizer.eos_token_ids)
         self._checkpoint, self._tree = checkpoint, tree
         positions = max_seqlen + SPARE_POSITIONS
-        self._drafter = choose_drafter(draft, model, checkpoint, heads, max_positions=positions)
-        if self._drafter is not None:
+        self.drafter = choose_drafter(draft, model, checkpoint, heads, max_positions=positions)
+        if self.drafter is not None:
             self.tree(1)  # a bad tree is an error now, not at the first prompt
         self._gpu = Cuda.of(model)
         self._steps: dict[bool, Steps] = {}
@@ -156,7 +157,17 @@ class Medusa:
         if not medusa:
             return Tree.from_choices([])
         rows = cheap_rows(self.model.device)
-        return choose_tree(self._tree, self._drafter, rows=rows, batch=batch)
+        return choose_tree(self._tree, self.drafter, rows=rows, batch=batch)
+
+    def encode(self, prompts: Prompt | Sequence[Prompt], chat: bool = True) -> tuple[bool, list[list[int]]]:
+        """Whether there are many prompts, and the token ids of each, as `generate` takes them; raises as it does."""
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+            raise TypeError(
+                f"prompts must be a str, a list of token ids, or a list of those, not {type(prompts).__name__}"
+            )
+        many = not isinstance(prompts, str) and not all(_is_integer(p) for p in prompts)
+        listed = list(prompts) if many else [prompts]
+        return many, [self._encode_one(p, f"prompts[{i}]" if many else "prompt", chat) for i, p in enumerate(listed)]
 
     def check(
         self,
@@ -174,7 +185,7 @@ class Medusa:
         Args:
             prompts: many; the rest is `generate`'s, sampling options one value each.
         """
-        _, ids = self._encode(list(prompts), chat)
+        _, ids = self.encode(list(prompts), chat)
         options = SamplingOptions(**sampling)
         steps, _, _ = self._prepare([max(ids, key=len)], max_new_tokens, options, stop, ignore_eos, medusa)
         self._steps[medusa] = steps  # bound already, for the generation that follows
@@ -216,7 +227,7 @@ class Medusa:
         Raises:
             ValueError, TypeError: an argument is not as above, before any work.
         """
-        many, ids = self._encode(prompts, chat)
+        many, ids = self.encode(prompts, chat)
         options = SamplingOptions(mode, temperature, top_p, top_k, posterior_threshold, posterior_alpha, seed)
         steps, acceptance, transcripts = self._prepare(ids, max_new_tokens, options, stop, ignore_eos, medusa)
         stats = [Stats() for _ in ids]
@@ -250,7 +261,7 @@ class Medusa:
         extra = {name: options.pop(name, default) for name, default in _STREAM_DEFAULTS.items()}
         if unknown := options.keys() - SamplingOptions.__dataclass_fields__.keys():
             raise TypeError(f"stream() got an unexpected keyword argument {min(unknown)!r}")
-        many, ids = self._encode(prompt, extra.pop("chat"))
+        many, ids = self.encode(prompt, extra.pop("chat"))
         if many:
             raise ValueError("stream takes one prompt: a str or a flat list of token ids")
         steps, acceptance, (transcript,) = self._prepare(ids, max_new_tokens, SamplingOptions(**options), **extra)
@@ -271,7 +282,7 @@ class Medusa:
             raise ValueError(
                 f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceeds max_seqlen {self.max_seqlen}"
             )
-        if medusa and self._drafter is None:
+        if medusa and self.drafter is None:
             raise ValueError("this model has no Medusa heads: pass heads=... to from_pretrained, or medusa=False here")
         stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
@@ -300,18 +311,8 @@ class Medusa:
         del kept  # its cache goes before the next one comes
         rows = min(self.max_seqlen, -(-seqlen // 256) * 256)
         ahead = RUN_AHEAD if self._gpu else 0
-        decoder = Decoder(self.model, self._drafter, tree, batch=batch, max_seqlen=rows, run_ahead=ahead)
+        decoder = Decoder(self.model, self.drafter, tree, batch=batch, max_seqlen=rows, run_ahead=ahead)
         return steps_of(decoder, self._gpu)
-
-    def _encode(self, prompts, chat: bool) -> tuple[bool, list[list[int]]]:
-        """Whether there are many prompts, and the token ids of each."""
-        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-            raise TypeError(
-                f"prompts must be a str, a list of token ids, or a list of those, not {type(prompts).__name__}"
-            )
-        many = not isinstance(prompts, str) and not all(_is_integer(p) for p in prompts)
-        listed = list(prompts) if many else [prompts]
-        return many, [self._encode_one(p, f"prompts[{i}]" if many else "prompt", chat) for i, p in enumerate(listed)]
 
     def _encode_one(self, prompt: Prompt, name: str, chat: bool) -> list[int]:
         if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and all(_is_integer(t) for t in prompt)):

@@ -56,7 +56,7 @@ def record(
         token the base model takes after it, and `choice_probability`.
     """
     options = options or SamplingOptions()
-    many, ids = engine._encode(prompt, chat)
+    many, ids = engine.encode(prompt, chat)
     if many:
         raise ValueError("trace takes one prompt: a str or a flat list of token ids")
     steps: list[dict[str, Any]] = []

@@ -230,7 +230,7 @@ def test_a_step_needs_no_host_and_a_capture_changes_nothing(load, source, option
     decoder.start(prompts, SamplingOptions(**options).acceptance(len(prompts), torch.device("cpu")))
     assert decoder.step() == first
     assert decoder.cache.seqlens.min() > 0
-    second = Decoder(engine.model, engine._drafter, decoder.tree, batch=len(prompts), max_seqlen=100)
+    second = Decoder(engine.model, engine.drafter, decoder.tree, batch=len(prompts), max_seqlen=100)
     second.start(prompts, SamplingOptions(**options).acceptance(len(prompts), torch.device("cpu")))
     second.step()
     tape.replay()

@@ -66,7 +66,7 @@ def engine(heads: str = "5-heads", family: str = "llama", dtype: str = "float32"
 
 def run(engine: Medusa, tree: Tree, prompts, *, heads: MedusaHeads | None = None, length: int = LENGTH):
     """Tokens of every prompt, the logits each but the first was chosen from, and all accept lengths."""
-    drafter = MedusaDrafter(engine.model, heads) if heads is not None else engine._drafter
+    drafter = MedusaDrafter(engine.model, heads) if heads is not None else engine.drafter
     # Sequences go on until the slowest is there.
     longest = max(map(len, prompts)) + (tree.max_depth + 1) * length
     decoder = Decoder(engine.model, drafter, tree, batch=len(prompts), max_seqlen=longest)
@@ -186,7 +186,7 @@ def test_the_cache_holds_what_plain_decoding_writes():
     """After some steps every committed K/V row, all layers, is the one that plain decoding has there."""
     caches = []
     for tree in (Tree.named("root"), Tree.search(ACCURACY, 20)):
-        decoder = Decoder(engine().model, engine()._drafter, tree, batch=2, max_seqlen=100)
+        decoder = Decoder(engine().model, engine().drafter, tree, batch=2, max_seqlen=100)
         decoder.start([PROMPTS[0], PROMPTS[2]], None)
         while decoder.cache.seqlens.min() < 40:
             decoder.step()
@@ -197,7 +197,7 @@ def test_the_cache_holds_what_plain_decoding_writes():
 
 
 def test_a_step_is_its_four_verbs():
-    decoder = Decoder(engine().model, engine()._drafter, Tree.named("chain-3"), batch=1, max_seqlen=64)
+    decoder = Decoder(engine().model, engine().drafter, Tree.named("chain-3"), batch=1, max_seqlen=64)
     decoder.start([PROMPTS[0]], None)
     expected = [decoder.step() for _ in range(4)]
     first = decoder.start([PROMPTS[0]], None)
@@ -217,7 +217,7 @@ def test_a_greedy_step_on_the_cpu_writes_no_logits(dtype):
     """Who asks for them gets them, the same bits as where a sequence beside it samples and all are written."""
     made = []
     for options in (SamplingOptions(), SamplingOptions(mode=["greedy", "lossless"], seed=3)):
-        decoder = Decoder(engine(dtype=dtype).model, engine()._drafter, Tree.named("4x3x2"), batch=2, max_seqlen=80)
+        decoder = Decoder(engine(dtype=dtype).model, engine().drafter, Tree.named("4x3x2"), batch=2, max_seqlen=80)
         decoder.start([PROMPTS[0]] * 2, options.acceptance(2, torch.device("cpu")))
         for _ in range(3):
             decoder._logits.fill_(torch.nan)
@@ -233,7 +233,7 @@ def test_a_full_cache_is_never_left(tree):
     """Prompt + new tokens = max_seqlen, in a cache cut from a larger one: its borders stay as they are."""
     tree, prompt = Tree.named(tree), PROMPTS[2]
     expected, _, _ = run(engine(), Tree.named("root"), [prompt], length=20)
-    decoder = Decoder(engine().model, engine()._drafter, tree, batch=1, max_seqlen=len(prompt) + 20)
+    decoder = Decoder(engine().model, engine().drafter, tree, batch=1, max_seqlen=len(prompt) + 20)
     tokens = decoder.start([prompt], None)
     while len(tokens) < 20:
         assert decoder.cache.seqlens[0] + tree.num_nodes <= decoder.cache.rows
@@ -242,7 +242,7 @@ def test_a_full_cache_is_never_left(tree):
 
 
 def test_a_retired_sequence_stands_still():
-    decoder = Decoder(engine().model, engine()._drafter, Tree.named("chain-3"), batch=2, max_seqlen=80)
+    decoder = Decoder(engine().model, engine().drafter, Tree.named("chain-3"), batch=2, max_seqlen=80)
     decoder.start([PROMPTS[0], PROMPTS[2]], None)
     decoder.step()
     decoder.retire(0)

@@ -14,7 +14,7 @@ from tests.engine.models import PROMPTS, random_folder
 def test_a_draft_model_guesses_its_own_greedy_text(draft, nodes):
     """After any acceptance its cache is in step: the guesses are those of the draft model run on the text anew."""
     engine = target().with_draft(noisy_folder() if draft == "noisy" else draft)
-    drafter = engine._drafter
+    drafter = engine.drafter
     prompts = [list(p) for p in (RAGGED[0], *PROMPTS, RAGGED[5])]
     decoder = Decoder(engine.model, drafter, Tree.named(f"chain-{nodes - 1}"), batch=len(prompts), max_seqlen=128)
     decoder.cache.data.fill_(torch.nan)
@@ -43,7 +43,7 @@ def test_a_draft_that_is_the_model_is_always_right():
 
 def test_first_layers_copy_no_weight():
     engine = target().with_draft("first-layers:1")
-    draft = engine._drafter.model
+    draft = engine.drafter.model
     assert draft.layers == engine.model.layers[:1]
     assert draft.lm_head is engine.model.lm_head
     assert draft.norm is engine.model.norm

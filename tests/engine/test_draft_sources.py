@@ -169,7 +169,7 @@ def test_a_decoder_goes_with_its_last_user():
     """A draft that kept its decoder would keep the cache too, until the garbage collector came by."""
     for draft in ("prompt-lookup", "first-layers:1", noisy_folder()):
         engine = target().with_draft(draft)
-        decoder = Decoder(engine.model, engine._drafter, Tree.named("chain-2"), batch=1, max_seqlen=64)
+        decoder = Decoder(engine.model, engine.drafter, Tree.named("chain-2"), batch=1, max_seqlen=64)
         decoder.start([PROMPTS[0]], None)
         decoder.step()
         gone = weakref.ref(decoder)

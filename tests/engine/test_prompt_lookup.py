@@ -37,7 +37,7 @@ def test_repetitions_are_found_as_by_a_search():
 def test_prompt_lookup_guesses_from_prompt_and_text():
     engine = target().with_draft("prompt-lookup")
     prompts = [list(p) for p in (RAGGED[6], RAGGED[7], [44, 44, 9])]
-    decoder = Decoder(engine.model, engine._drafter, Tree.named("chain-4"), batch=3, max_seqlen=128)
+    decoder = Decoder(engine.model, engine.drafter, Tree.named("chain-4"), batch=3, max_seqlen=128)
     for _ in range(2):  # the second start forgets the first
         texts = [[*p, t] for p, t in zip(prompts, decoder.start(prompts, None), strict=True)]
         for _ in range(12):
