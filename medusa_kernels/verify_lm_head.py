@@ -14,7 +14,7 @@ from .linear import PackedLinear, check_weight, op_weight, resolve_weights, weig
 from .native import with_workspace
 from .native.verify_lm_head import arguments
 from .reference import verify_lm_head as reference
-from .verify_tree import acceptance, checked_acceptance, checked_tree
+from .verify_tree import acceptance, check_depth_for_tracing, checked_acceptance, checked_tree, new_results
 
 BACKENDS = {
     "reference": reference.launch,
@@ -78,10 +78,7 @@ def verify_lm_head(
         offset=offset,
     )
     if torch.compiler.is_compiling():
-        if max_depth is None:
-            raise ValueError(
-                "max_depth must be given under torch.compile: the result's width cannot depend on parents' values"
-            )
+        check_depth_for_tracing(max_depth)
         weight, *packed = op_weight(lm_head_weight)
         return torch.ops.medusa_kernels.verify_lm_head(
             hidden, weight, tree_tokens, parents, list(how or ()), max_depth, backend, *packed
@@ -121,8 +118,4 @@ def _op(
 
 @_op.register_fake
 def _fake(hidden, lm_head_weight, tree_tokens, parents, how, max_depth, backend, *_):
-    def empty(*shape):
-        return hidden.new_empty(shape, dtype=torch.int32)
-
-    batch = hidden.shape[0]
-    return empty(batch, max_depth + 1), empty(batch), empty(batch)
+    return new_results(hidden.shape[0], max_depth, hidden.device)

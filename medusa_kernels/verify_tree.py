@@ -106,10 +106,7 @@ def verify_tree(
         offset=offset,
     )
     if torch.compiler.is_compiling():
-        if max_depth is None:
-            raise ValueError(
-                "max_depth must be given under torch.compile: the result's width cannot depend on parents' values"
-            )
+        check_depth_for_tracing(max_depth)
         return torch.ops.medusa_kernels.verify_tree(logits, tree_tokens, parents, list(how or ()), max_depth, backend)
     return _checked(logits, tree_tokens, parents, how, max_depth, backend)
 
@@ -244,10 +241,20 @@ def checked_tree(
     max_depth = _check.integer("max_depth", depth if max_depth is None else max_depth, 0, _check.MAX_NODES - 1)
     if max_depth < depth:
         raise ValueError(f"max_depth must be at least the tree's depth {depth}, not {max_depth}")
-    accepted_nodes = torch.empty(batch, max_depth + 1, dtype=torch.int32, device=device)
-    accept_length = torch.empty(batch, dtype=torch.int32, device=device)
-    next_token = torch.empty(batch, dtype=torch.int32, device=device)
-    return (tree_tokens.contiguous(), on_device), (accepted_nodes, accept_length, next_token)
+    return (tree_tokens.contiguous(), on_device), new_results(batch, max_depth, device)
+
+
+def new_results(batch: int, max_depth: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """accepted_nodes, accept_length and next_token, uninitialised."""
+    shapes = (batch, max_depth + 1), (batch,), (batch,)
+    return tuple(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes)
+
+
+def check_depth_for_tracing(max_depth: int | None) -> None:
+    if max_depth is None:
+        raise ValueError(
+            "max_depth must be given under torch.compile: the result's width cannot depend on parents' values"
+        )
 
 
 def _checked(logits, tree_tokens, parents, how, max_depth, backend):
@@ -272,8 +279,4 @@ def _op(
 
 @_op.register_fake
 def _fake(logits, tree_tokens, parents, how, max_depth, backend):
-    def empty(*shape):
-        return logits.new_empty(shape, dtype=torch.int32)
-
-    batch = logits.shape[0]
-    return empty(batch, max_depth + 1), empty(batch), empty(batch)
+    return new_results(logits.shape[0], max_depth, logits.device)
