@@ -330,7 +330,8 @@ def trace(load, prompt, output, max_new_tokens, no_chat, as_json, **sampling) ->
 def train(folder, as_json, **options) -> None:
     """Let the model write conversations, and train Medusa-1 heads on them, in FOLDER.
 
-    Both parts stop at any time and go on where they stopped when the command is repeated. The heads, their accuracy and
+    Both parts stop at any time and go on where they stopped when the command is repeated; with more --positions the
+    text goes on, and training begins anew. The heads, their accuracy and
     the loss curve (data and PNG) are written to FOLDER/heads.
     """
     from .training_run import prepare, run

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -119,7 +120,13 @@ class Batch:
 
 
 class Trainer:
-    """One training run in a folder: `state.pt` to resume from, `log.jsonl` with every loss and measurement.
+    """One training run in a folder: `state.pt` to resume from, `log.jsonl` with every loss and measurement. What a
+    run on another text left there is not gone on with, since steps and draft vocabulary follow from the text.
+
+    Attributes:
+        step, total_steps: done, and of the whole run.
+        positions: answer tokens that are trained on.
+        begins_anew: whether the folder holds a run on another text.
 
     Args:
         folder: of the run; made when missing.
@@ -157,7 +164,8 @@ class Trainer:
         self._pieces = [(i, start) for i, c in enumerate(train) for start in range(0, len(c.answer) - 1, PIECE)]
         if not self._pieces:
             raise ValueError("training needs an answer of at least two tokens, and all of these are shorter")
-        self.step = 0
+        self._text = _digest(conversations)
+        self.step, self.begins_anew = 0, False
         self.total_steps = sum(1 for epoch in range(options.epochs) for _ in self._groups(epoch))
         self._restore()
 
@@ -286,6 +294,7 @@ class Trainer:
     def save(self) -> None:
         state = {
             "options": asdict(self.options),
+            "text": self._text,
             "step": self.step,
             "module": self.module.state_dict(),
             "optimizer": self._optimizer.state(),
@@ -296,7 +305,12 @@ class Trainer:
 
     def _restore(self) -> None:
         state = saved_state(self.folder, self.options, self.device)
-        if state is not None:
+        if state is None:
+            return
+        self.begins_anew = state["text"] != self._text
+        if self.begins_anew:
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
+        else:
             self.module.load_state_dict(state["module"])
             self._optimizer.restore(state["optimizer"])
             self.step = state["step"]
@@ -329,7 +343,7 @@ def saved_state(
         return None
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-        saved = dict(state["options"])
+        saved, _ = dict(state["options"]), state["text"]
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -341,6 +355,15 @@ def saved_state(
             f"{path} is of a run with another {', '.join(changed)}: use another folder, or the same options"
         )
     return state
+
+
+def _digest(conversations: list[Conversation]) -> str:
+    """Says whether two runs train on the same tokens in the same order."""
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(f"{conversation.answer_start} {len(conversation.ids)} ".encode())
+        digest.update(conversation.ids.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def most_frequent_tokens(conversations: list[Conversation], count: int, vocab_size: int) -> Tensor:

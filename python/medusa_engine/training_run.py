@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def run(prepared: TrainingRun) -> dict:
     """Writes conversations into folder/text (or takes those given), trains heads in folder/run, and saves them to
     folder/heads.
 
-    Each part goes on where an earlier call with the same arguments stopped.
+    Each part goes on where an earlier call with the same arguments stopped; on more or other text, training begins
+    anew.
 
     Returns:
         {"heads": folder, "accuracy": [head][rank], "positions": trained on, "loss": of the last steps}.
@@ -118,6 +120,8 @@ def run(prepared: TrainingRun) -> dict:
         conversations = add_hidden(base, conversations)
     head, embedding = base.lm_head_source, base.embedding.cpu()
     trainer = Trainer(folder / "run", prepared.options, head, embedding, conversations, base.device)
+    if trainer.begins_anew:
+        tqdm.write(f"{folder / 'run'} is of another text: training begins anew", file=sys.stderr)
     losses: list[float] = []
     with tqdm(total=trainer.total_steps, initial=trainer.step, desc="train", unit="step", disable=None) as bar:
 

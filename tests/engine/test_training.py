@@ -123,6 +123,20 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, lm_head, embedding, c
     assert steps == list(range(1, whole.total_steps + 1))
 
 
+def test_on_another_text_training_begins_anew(tmp_path, lm_head, embedding, conversations):
+    trained(tmp_path / "changed", lm_head, embedding, conversations[:60])
+    changed = Trainer(tmp_path / "changed", OPTIONS, lm_head, embedding, conversations, CPU)
+    assert changed.begins_anew
+    assert changed.step == 0
+    changed.run(lambda step, loss: None)
+    fresh = trained(tmp_path / "fresh", lm_head, embedding, conversations)
+    for mine, theirs in zip(changed.module.parameters(), fresh.module.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("changed", "fresh")]
+    assert logs[0] == logs[1]
+    assert not Trainer(tmp_path / "changed", OPTIONS, lm_head, embedding, conversations, CPU).begins_anew
+
+
 def test_a_run_with_other_options_is_refused(tmp_path, lm_head, embedding, conversations):
     trained(tmp_path, lm_head, embedding, conversations)
     other = TrainOptions(**{**vars(OPTIONS), "epochs": 5})

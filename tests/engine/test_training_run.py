@@ -53,6 +53,19 @@ def test_a_finished_run_is_not_trained_again(train, tmp_path):
     assert [line for line in log.read_text().splitlines() if '"loss"' in line] == steps
 
 
+def test_on_more_text_training_begins_anew_and_says_so(train, data, tmp_path):
+    _, _, err = train(tmp_path / "heads")
+    assert "anew" not in err
+    more = tmp_path / "more"
+    more.mkdir()
+    shard = (data / "shard-0000.safetensors").read_bytes()
+    for name in ("shard-0000.safetensors", "shard-0001.safetensors"):
+        (more / name).write_bytes(shard)
+    code, _, err = train(tmp_path / "heads", "--data", more)
+    assert code == 0
+    assert "of another text: training begins anew" in err
+
+
 def test_without_matplotlib_the_heads_are_trained_and_the_curve_is_data(train, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, out, err = train(tmp_path, "--epochs", 1)
