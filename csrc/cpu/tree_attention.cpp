@@ -57,17 +57,19 @@ class Task {
     scores_ = q_ + int64_t{heads} * rows * kHead;
     tree_scores_ = scores_ + int64_t{heads} * rows * kBlock;
     keys_ = tree_scores_ + rows * round_up(p_.n, kWidth);
-    for (int kv = first_head_; kv < last_head_; ++kv) {
-      for (int row = begin_; row < end_; ++row) {
-        const int64_t q =
-            sequence_ * p_.q_batch_stride + node_of(row) * p_.q_row_stride + head_of(kv, row) * p_.q_head_stride;
-        float* target = q_of(kv) + int64_t{row - begin_} * kHead;
-        for_vectors(p_.head_dim, [&](int d, int lanes) {
-          store_part(target + d, load_part(p_.q, p_.q_dtype, q + d, lanes) * set(p_.scale), lanes);
-        });
-        if (p_.head_dim % 2) target[p_.head_dim] = 0;  // the other half of the last pair
+    with_type(p_.q_dtype, [&](auto type) {
+      const auto* all = static_cast<const pointee<decltype(type)>*>(p_.q) + sequence_ * p_.q_batch_stride;
+      for (int kv = first_head_; kv < last_head_; ++kv) {
+        for (int row = begin_; row < end_; ++row) {
+          const auto* q = all + node_of(row) * p_.q_row_stride + head_of(kv, row) * p_.q_head_stride;
+          float* target = q_of(kv) + int64_t{row - begin_} * kHead;
+          for_vectors(p_.head_dim, [&](int d, int lanes) {
+            store_part(target + d, load_part(q + d, lanes) * set(p_.scale), lanes);
+          });
+          if (p_.head_dim % 2) target[p_.head_dim] = 0;  // the other half of the last pair
+        }
       }
-    }
+    });
   }
 
   // The contribution of the ranks from index * kBlock on to every row
