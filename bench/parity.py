@@ -1,8 +1,8 @@
 """Does Medusa say what plain decoding says, and what transformers says? `python -m bench.parity --help`.
 
 `medusa verify` with one tree after another, as results rows: greedy texts of every prompt, and every first difference
-judged by `medusa_engine.divergence`. Transformers is asked once, with `--transformers`. A large tree takes a CPU most of
-an hour; `--skip` and `--limit` cut the prompts into runs with a row each.
+judged by `medusa_engine.divergence`. Transformers is asked once, with `--transformers`. A large tree takes a CPU
+most of an hour; `--skip` and `--limit` cut the prompts into runs with a row each.
 """
 
 from __future__ import annotations
