@@ -80,14 +80,18 @@ void score_kernel(const float* q, const float* keys, int dim, Ahead* ahead, floa
   };
   for (int d = 0; d < dim; d += kPair<T>, keys += V * kWidth) {
     if (ahead) ahead->fetch(V * kWidth * kPair<T> * static_cast<int>(sizeof(T)));
-    Vec k[V], odd[V];
+    Vec k[V], other[V];
 #pragma GCC unroll 4
     for (int c = 0; c < V; ++c) {
       k[c] = load(keys + c * kWidth);
-      if (is_bf16<T>) split_pairs(k[c], k[c], odd[c]);
+      if (is_bf16<T>) split_pairs(k[c], k[c], other[c]);
     }
     add(k, d);
-    if (is_bf16<T>) add(odd, d + 1);
+    if (!is_bf16<T>) continue;
+    if (kRegisters == 16) __asm__ volatile("" ::: "memory");  // GCC would keep both halves, and spill sums for it
+#pragma GCC unroll 4
+    for (int c = 0; c < V; ++c) split_pairs(load(keys + c * kWidth), other[c], k[c]);
+    add(k, d + 1);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
