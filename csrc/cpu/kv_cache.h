@@ -41,12 +41,20 @@ class Ahead {
 
   bool done() const { return rows_ <= 0; }
 
+  // The next `bytes`, in whole lines
   __attribute__((always_inline)) inline void fetch(int bytes) {
-    if (done()) return;
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at_ + line, 0, 2);
-    at_ += bytes;
-    left_ -= bytes;
-    if (left_ > 0) return;
+    for (; bytes > 0 && !done(); bytes -= kLine) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += kLine;
+      left_ -= kLine;
+      if (left_ <= 0) turn();
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+
+  void turn() {
     at_ += jump_;
     left_ += run_;
     if (--rows_ > 0) return;
@@ -55,7 +63,6 @@ class Ahead {
     next_rows_ = 0;
   }
 
- private:
   const char *at_, *next_ = nullptr;
   int rows_, next_rows_ = 0;
   int64_t run_, jump_, left_;  // bytes of a row, from its end to the next row, and to the end of this row
