@@ -10,8 +10,8 @@ constexpr int kHead = 256;  // the largest head_dim, and the distance between tw
 constexpr int kVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kKeys = kVectors * kWidth;  // keys whose scores are summed side by side
 constexpr int kSums = 6;                  // rows of them
-constexpr int kSpan =
-    kKeys < 32 ? 32 : kKeys;  // keys or values that all rows and heads take before the next: L1 keeps them
+// Keys or values that all rows and heads take before the next, so that L1 keeps them
+constexpr int kSpan = kKeys < 32 ? 32 : kKeys;
 
 template <class T>
 constexpr bool is_bf16 = false;

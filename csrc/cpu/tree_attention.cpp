@@ -46,7 +46,7 @@ class Task {
 
   // Floats that `block` works on: q, scores of the prefix and of the tree, transposed keys.
   static int64_t space(int heads, int rows, int n) {
-    return int64_t{heads} * rows * (kHead + kBlock) + rows * round_up(n, kWidth) + kHead * kKeys;
+    return int64_t{heads} * rows * (kHead + kBlock) + rows * tree_ld(n) + kHead * kKeys;
   }
 
   // To be called before the first block: takes the space, sends for the block's first keys and reads q meanwhile.
@@ -56,7 +56,7 @@ class Task {
     q_ = space;
     scores_ = q_ + int64_t{heads} * rows * kHead;
     tree_scores_ = scores_ + int64_t{heads} * rows * kBlock;
-    keys_ = tree_scores_ + rows * round_up(p_.n, kWidth);
+    keys_ = tree_scores_ + rows * tree_ld(p_.n);
     with_type(p_.q_dtype, [&](auto type) {
       const auto* all = static_cast<const pointee<decltype(type)>*>(p_.q) + sequence_ * p_.q_batch_stride;
       for (int kv = first_head_; kv < last_head_; ++kv) {
@@ -89,13 +89,13 @@ class Task {
     for (int kv = first_head_; kv < last_head_; ++kv) {
       if (tree.count > 0) {
         rows_of(p_.k_cache, kv)
-            .scores(q_of(kv), rows, prefix_ + tree.first, tree.count, nullptr, keys_, tree_scores_, tree.ld);
+            .scores(q_of(kv), rows, prefix_ + tree.first, tree.count, nullptr, keys_, tree_scores_, tree_ld(p_.n));
       }
       for (int r = 0; r < rows; ++r) {
         float* s = scores_of(kv) + r * kBlock;
         int count = shared;
         for_ancestors(begin_ + r, first,
-                      [&](int, int node) { s[count++] = tree_scores_[r * tree.ld + node - tree.first]; });
+                      [&](int, int node) { s[count++] = tree_scores_[r * tree_ld(p_.n) + node - tree.first]; });
         softmax(s, count, partials(kv, index)[r]);
         memset(partials(kv, index)[r].values, 0, sizeof(float) * p_.head_dim);
       }
@@ -124,6 +124,7 @@ class Task {
   }
 
  private:
+  static int64_t tree_ld(int n) { return round_up(n, kWidth); }
   int node_of(int row) const { return row / (p_.heads / p_.kv_heads); }
   int head_of(int kv, int row) const {
     const int group = p_.heads / p_.kv_heads;
@@ -156,11 +157,13 @@ class Task {
     return Ahead(at, smaller(to, prefix_ - first) - from, run, stride);
   }
 
+  const uint64_t* mask_of(int row) const {
+    return p_.tree_mask + sequence_ * p_.mask_batch_stride + int64_t{node_of(row)} * p_.words;
+  }
   // Calls body(rank, node) for the tree nodes that a row sees among the ranks of the block from `first` on.
   template <class Body>
   void for_ancestors(int row, int first, const Body& body) const {
-    const int node = node_of(row);
-    const uint64_t* words = p_.tree_mask + sequence_ * p_.mask_batch_stride + static_cast<int64_t>(node) * p_.words;
+    const uint64_t* words = mask_of(row);
     int rank = prefix_;
     for (int w = 0; w < p_.words && rank < first + kBlock; ++w) {
       for (uint64_t bits = words[w]; bits && rank < first + kBlock; bits &= bits - 1, ++rank) {
@@ -169,17 +172,15 @@ class Task {
     }
   }
   int visible(int row) const {
-    const uint64_t* words =
-        p_.tree_mask + sequence_ * p_.mask_batch_stride + static_cast<int64_t>(node_of(row)) * p_.words;
+    const uint64_t* words = mask_of(row);
     int count = prefix_;
     for (int w = 0; w < p_.words; ++w) count += __builtin_popcountll(words[w]);
     return count;
   }
 
-  // The tree nodes [first, first + count) are all that any row sees in a block; a row of their scores takes ld floats.
+  // The tree nodes [first, first + count) are all that any row sees in a block.
   struct Nodes {
     int first, count;
-    int64_t ld;
   };
   Nodes nodes_among(int first) const {
     int least = p_.n, most = -1;
@@ -189,7 +190,7 @@ class Task {
         most = larger(most, node);
       });
     }
-    return {least, larger(0, most - least + 1), round_up(p_.n, kWidth)};
+    return {least, larger(0, most - least + 1)};
   }
 
   // The values of the tree nodes among a block's ranks; neighbours in the tree's order are added in one go.
