@@ -262,7 +262,8 @@ void attend(const TreeAttentionParams& p) {
     keys += p.cache_seqlens[b] + p.n;
   }
   // How the work is cut changes no result: rows are independent, and so are blocks until they are combined. Blocks with
-  // all heads read memory in order; heads apart, and fewer rows, are for what has few blocks.
+  // all heads read memory in order; heads apart, and fewer rows, are for what has few blocks: where more than a fifth of
+  // the threads' rounds over whole blocks would be idle, a last round less than a quarter full not counted.
   const int wanted = 3 * num_threads();
   int height = smaller(rows, kRows);
   const auto heights = [&] { return static_cast<int>(ceil_div(rows, height)); };
