@@ -168,3 +168,12 @@ def test_argmax_ties_take_the_lowest_token(backend):
                 OP, torch.ones(1, 1, 8, dtype=dtype), weight.to(dtype), torch.zeros(1, 1, dtype=torch.int32), root
             )[2]
             assert int(chosen) == low
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("at", [0, 9, 700])
+def test_greedy_takes_the_first_nan(backend, at):
+    weight = torch.linspace(-1.0, 1.0, 1000)[:, None].expand(-1, 8).contiguous()
+    weight[[at, 990]] = torch.nan
+    root = torch.zeros(1, 1, dtype=torch.int32), Tree.from_choices([]).parents
+    assert int(backend.run(OP, torch.ones(1, 1, 8), weight, *root)[2]) == at

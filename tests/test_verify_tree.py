@@ -248,6 +248,25 @@ def test_infinite_logits_draw_the_only_token(backend, mode):
 
 @every_backend(OP)
 @pytest.mark.parametrize("vocab", [5, 700])
+@pytest.mark.parametrize("mode", ["typical", "lossless"])
+def test_a_logit_of_infinity_is_the_one_drawn(backend, mode, vocab):
+    logits = torch.linspace(-1.0, 1.0, vocab).repeat(1, 2, 1)
+    logits[..., vocab - 2] = torch.inf
+    children = Tree.named("chain-1").parents
+    for seed in range(3):
+        assert verdict(backend, logits, [0, 0], children, mode=mode, seed=seed) == ([0], vocab - 2)
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("vocab", [5, 40, 3000])
+def test_greedy_takes_the_first_nan(backend, vocab):
+    logits = torch.linspace(-1.0, 1.0, vocab).view(1, 1, -1)
+    logits[..., [vocab // 3, vocab - 2]] = torch.nan
+    assert verdict(backend, logits, [0], Tree.from_choices([]).parents) == ([0], vocab // 3)
+
+
+@every_backend(OP)
+@pytest.mark.parametrize("vocab", [5, 700])
 @pytest.mark.parametrize("truncation", ["top_k", "top_p", "both"])
 def test_truncation_keeps_the_lowest_of_equal_tokens(backend, vocab, truncation):
     """Logits of 0 and 1 by turns: what is kept are the two lowest odd tokens, which some seeds share out."""
@@ -285,13 +304,16 @@ def test_a_set_that_reaches_top_p_but_for_rounding_is_enough(backend, shares, to
 
 
 @every_backend(OP)
-@pytest.mark.parametrize("vocab", [2, 3, 5, 7, 10, 16, 100])
+@pytest.mark.parametrize("vocab", [2, 3, 5, 7, 10, 16, 19, 37, 49, 100, 139, 1021])
 def test_typical_refuses_what_is_exactly_as_probable_as_the_threshold(backend, vocab):
     """P = exp(-H) = 1 / vocab where all logits are equal, and the paper accepts above it only."""
     arguments = torch.zeros(1, 2, vocab), torch.tensor([[0, 1]], dtype=torch.int32), Tree.named("chain-1").parents
     options = {"mode": "typical", "posterior_threshold": 1.0, "seed": 1}
     assert backend.run(OP, *arguments, **options, posterior_alpha=1.0)[1].tolist() == [0]
     assert backend.run(OP, *arguments, **options, posterior_alpha=0.999)[1].tolist() == [1]
+    fixed = {**options, "posterior_alpha": 1e6}
+    assert backend.run(OP, *arguments, **{**fixed, "posterior_threshold": 1 / vocab})[1].tolist() == [0]
+    assert backend.run(OP, *arguments, **{**fixed, "posterior_threshold": 0.999 / vocab})[1].tolist() == [1]
 
 
 @every_backend(OP)

@@ -11,10 +11,33 @@ constexpr int kNodes = 256;
 
 // What a row of logits says about the tokens after it.
 struct Judgement {
-  int32_t argmax;     // greedy
-  float most, log_z;  // typical: ln P[t] = logits[t] / temperature - most - log_z
-  float floor;        // a child is accepted above this probability
+  int32_t argmax;  // greedy
+  float most;      // typical: ln P[t] = logits[t] / temperature - most - log_z, in double: P and floor are rounded once
+  float floor;     // a child is accepted above this probability
+  double log_z;
 };
+
+// Greedy's order: NaN is larger than any number, as in torch.argmax.
+inline bool exceeds(float a, float b) { return a > b || (a != a && b == b); }
+
+inline float largest_or_nan(const void* logits, DType dtype, int64_t first, int count) {
+  Vec most = set(-__builtin_inff()), nan = zero();
+  for_vectors(count, [&](int i, int lanes) {
+    const Vec x = first_lanes(load_part(logits, dtype, first + i, lanes), lanes, -__builtin_inff());
+    most = max(x, most);
+    nan = note_nan(nan, x);
+  });
+  const float seen = sum(nan);
+  return seen == seen ? largest(most) : seen;
+}
+
+// Where `value`, as largest_or_nan found it, stands first among logit(0 .. count - 1).
+template <class Logit>
+inline int first_place_of(float value, int count, const Logit& logit) {
+  int i = 0;
+  while (i < count - 1 && exceeds(value, logit(i))) ++i;
+  return i;
+}
 
 inline VerifyMode mode_of(const VerifyTreeParams& p, int b) {
   return p.mode && p.temperature[b] > 0 ? static_cast<VerifyMode>(p.mode[b]) : VerifyMode::greedy;
@@ -31,8 +54,8 @@ inline Judgement judge_typical(const VerifyTreeParams& p, int b, const SpanSum* 
     total += scale * spans[s].total;
     products += scale * (spans[s].products + static_cast<double>(spans[s].most - j.most) * spans[s].total);
   }
-  j.log_z = static_cast<float>(::log(total));
-  const double entropy = ::log(total) - products / total;
+  j.log_z = ::log(total);
+  const double entropy = j.log_z - products / total;
   j.floor = smaller(p.posterior_threshold[b], p.posterior_alpha[b] * static_cast<float>(::exp(-entropy)));
   return j;
 }
@@ -81,8 +104,8 @@ inline void accept(const VerifyTreeParams& p, int b, const Rows& rows) {
     if (mode == VerifyMode::greedy) {
       if (token(node) != j.argmax) continue;
     } else {
-      const float logp = rows.logit(node) / p.temperature[b] - j.most - j.log_z;
-      if (!(expf(logp) > j.floor)) continue;
+      const double logp = static_cast<double>(rows.logit(node) / p.temperature[b]) - j.most - j.log_z;
+      if (!(static_cast<float>(::exp(logp)) > j.floor)) continue;
       score[node] = score[up] + logp;
     }
     depth[node] = depth[up] + 1;

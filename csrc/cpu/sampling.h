@@ -36,6 +36,8 @@ struct SpanSum {
 inline int spans_of(int vocab) { return static_cast<int>(ceil_div(vocab, kSumSpan)); }
 inline int span_length(int vocab, int span) { return smaller(kSumSpan, vocab - span * kSumSpan); }
 
+constexpr float kLargest = 3.402823466e38f;  // of the finite floats
+
 // The weights and sums of `count` logits from the one at `first` on.
 inline SpanSum weigh_span(const void* logits, DType dtype, int64_t first, int count, float temperature,
                           float* weights) {
@@ -44,13 +46,14 @@ inline SpanSum weigh_span(const void* logits, DType dtype, int64_t first, int co
   for_vectors(count, [&](int i, int lanes) {
     const Vec value = load_part(logits, dtype, first + i, lanes) / t;
     store_part(weights + i, value, lanes);
-    most = max(most, first_lanes(value, lanes, -__builtin_inff()));
+    most = max(first_lanes(value, lanes, -__builtin_inff()), most);
   });
-  // -inf less -inf would be NaN. Where exp is 0 the product must be 0 too, not 0 times infinity.
-  const Vec shift = max(set(largest(most)), set(-3e38f)), least = set(-104.f);
+  // Infinity less infinity would be NaN: a logit of infinity weighs 1 and all others nothing, and NaN stays NaN. Where
+  // exp is 0 the product must be 0 too, not 0 times infinity.
+  const Vec shift = min(max(set(largest(most)), set(-kLargest)), set(kLargest)), least = set(-104.f);
   Vec total = zero(), products = zero();
   for_vectors(count, [&](int i, int lanes) {
-    const Vec shifted = max(load_part(weights + i, lanes) - shift, least);
+    const Vec shifted = max(least, min(zero(), load_part(weights + i, lanes) - shift));
     const Vec weight = first_lanes(exp(shifted), lanes, 0.f);
     store_part(weights + i, weight, lanes);
     total = total + weight;
@@ -66,16 +69,17 @@ inline float most_of(const SpanSum* spans, int count) {
 }
 
 // What the weights of a span count beside those of the span with the row's largest logit.
-inline double scale_of(const SpanSum& span, float most) { return exp(span.most - most); }
+inline double scale_of(const SpanSum& span, float most) { return span.most == most ? 1 : exp(span.most - most); }
 
-// The first id at which the running sum of the weights exceeds u times their total, else the last of positive weight.
-// weights_of(span) points to a span's weights.
+// The first id at which the running sum of the weights exceeds u times their total, else the last of positive weight;
+// the last id of all where there is no distribution. weights_of(span) points to a span's weights.
 template <class WeightsOf>
 inline int find_token(const SpanSum* spans, int vocab, float u, const WeightsOf& weights_of) {
   const int count = spans_of(vocab);
   const float most = most_of(spans, count);
   double total = 0;
   for (int s = 0; s < count; ++s) total += spans[s].total * scale_of(spans[s], most);
+  if (!(total > 0)) return vocab - 1;
   // Like top_p's, this product is the definition's: rounded to fp32.
   const double limit = u * static_cast<float>(total);
   double sum = 0, before = 0;

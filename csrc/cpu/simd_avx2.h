@@ -60,6 +60,8 @@ inline float largest(Vec a) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+// NaN in the lanes where `a` holds it; the others stay as they were.
+inline Vec note_nan(Vec seen, Vec a) { return {_mm256_or_ps(seen.v, _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q))}; }
 inline bool any_at_least(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)) != 0; }
 
 // 2 * kWidth bf16, of which the even ones and the odd ones make a Vec each.

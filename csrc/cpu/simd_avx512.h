@@ -44,6 +44,10 @@ inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEARES
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// NaN in the lanes where `a` holds it; the others stay as they were.
+inline Vec note_nan(Vec seen, Vec a) {
+  return {_mm512_mask_mov_ps(seen.v, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), a.v)};
+}
 inline bool any_at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ) != 0; }
 
 // 2 * kWidth bf16, of which the even ones and the odd ones make a Vec each.

@@ -106,6 +106,8 @@ inline float largest(Vec a) {
   const float x = a.v[0] > a.v[1] ? a.v[0] : a.v[1], y = a.v[2] > a.v[3] ? a.v[2] : a.v[3];
   return x > y ? x : y;
 }
+// NaN in the lanes where `a` holds it; the others stay as they were.
+inline Vec note_nan(Vec seen, Vec a) { return {a.v == a.v ? seen.v : a.v}; }
 inline bool any_at_least(Vec a, Vec b) {
   return a.v[0] >= b.v[0] || a.v[1] >= b.v[1] || a.v[2] >= b.v[2] || a.v[3] >= b.v[3];
 }

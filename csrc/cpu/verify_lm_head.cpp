@@ -21,23 +21,23 @@ struct Verification {
   const VerifyTreeParams& tree;
   Matrix weight;
   Rows rows;              // [batch * n]
+  Judgement* judgements;  // [rows]
   SpanSum* sums;          // [rows, spans], of typical and lossless
   Peak* peaks;            // [rows, spans], of greedy
   float* floors;          // [rows]: a lower bound of greedy's largest logit, shared by the threads
   float* child_logits;    // [rows]: typical's, of a node's token at its parent
-  Judgement* judgements;  // [rows]
 
   Verification(const VerifyLmHeadParams& params)
       : p(params), tree(params.tree), weight{p.lm_head_weight, p.lm_head_format, tree.vocab, p.hidden_size} {
     const int count = tree.batch * tree.n;
     const int64_t spans = spans_of(tree.vocab);
     rows = make_rows(p.hidden, tree.dtype, p.hidden_size, count, p.hidden_size, weight.packed_format());
-    const int64_t size = spans * (sizeof(SpanSum) + sizeof(Peak)) + 2 * sizeof(float) + sizeof(Judgement);
-    sums = scratch_of<SpanSum>(Scratch::op, (count * size + sizeof(SpanSum) - 1) / sizeof(SpanSum));
+    const int64_t size = sizeof(Judgement) + spans * (sizeof(SpanSum) + sizeof(Peak)) + 2 * sizeof(float);
+    judgements = reinterpret_cast<Judgement*>(scratch_of<char>(Scratch::op, count * size));
+    sums = reinterpret_cast<SpanSum*>(judgements + count);
     peaks = reinterpret_cast<Peak*>(sums + count * spans);
     floors = reinterpret_cast<float*>(peaks + count * spans);
     child_logits = floors + count;
-    judgements = reinterpret_cast<Judgement*>(child_logits + count);
     for (int row = 0; row < count; ++row) floors[row] = -__builtin_inff();
   }
 
@@ -83,19 +83,13 @@ struct Verification {
 
   // Its id is only looked for when the span may hold the row's largest logit.
   static Peak peak(const float* logits, int count, int first, float* floor) {
-    Vec most = set(-__builtin_inff());
-    for_vectors(count, [&](int i, int lanes) {
-      most = max(most, first_lanes(load_part(logits + i, lanes), lanes, -__builtin_inff()));
-    });
-    const float largest_here = largest(most);
+    const float here = largest_or_nan(logits, DType::f32, 0, count);
     float least;
     __atomic_load(floor, &least, __ATOMIC_RELAXED);
-    if (largest_here < least) return {largest_here, first};
+    if (here < least) return {here, first};
     // Another thread may have raised it meanwhile; the bound stays true whoever writes last.
-    __atomic_store(floor, &largest_here, __ATOMIC_RELAXED);
-    int i = 0;
-    while (i < count - 1 && logits[i] != largest_here) ++i;
-    return {largest_here, first + i};
+    if (here >= least) __atomic_store(floor, &here, __ATOMIC_RELAXED);
+    return {here, first + first_place_of(here, count, [&](int i) { return logits[i]; })};
   }
 
   void judge(int row) const {
@@ -105,7 +99,7 @@ struct Verification {
       const Peak* own = peaks + static_cast<int64_t>(row) * spans;
       int best = 0;
       for (int s = 1; s < spans; ++s) {
-        if (own[s].most > own[best].most) best = s;
+        if (exceeds(own[s].most, own[best].most)) best = s;
       }
       judgements[row].argmax = own[best].id;
     } else if (mode == VerifyMode::typical) {

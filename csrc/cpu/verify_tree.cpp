@@ -38,19 +38,12 @@ struct Sequence {
     float best = -__builtin_inff();
     int span = 0;
     for (int begin = 0; begin < p.vocab; begin += kSpan) {
-      Vec most = set(-__builtin_inff());
-      const int count = smaller(kSpan, p.vocab - begin);
-      for_vectors(count, [&](int i, int lanes) {
-        most = max(most, first_lanes(load_part(logits, p.dtype, begin + i, lanes), lanes, -__builtin_inff()));
-      });
-      if (largest(most) > best) {
-        best = largest(most);
-        span = begin;
-      }
+      const float here = largest_or_nan(logits, p.dtype, begin, smaller(kSpan, p.vocab - begin));
+      if (!exceeds(here, best)) continue;
+      best = here;
+      span = begin;
     }
-    int id = span;
-    while (id < p.vocab - 1 && load_one(logits, p.dtype, id) != best) ++id;
-    return id;
+    return span + first_place_of(best, p.vocab - span, [&](int i) { return load_one(logits, p.dtype, span + i); });
   }
 
   const Judgement& judgement(int node) const { return judgements[node]; }

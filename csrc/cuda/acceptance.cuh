@@ -56,12 +56,14 @@ struct TreeShared {
   template <class LogitOf>
   __device__ void judge_children(const VerifyTreeParams& p, int b, int node, const RowSums& row, float* child_logp,
                                  LogitOf logit_of) const {
-    const float log_mass = logf(row.mass), entropy = log_mass - row.weighted / row.mass;
-    const float floor = fminf(p.posterior_threshold[b], p.posterior_alpha[b] * expf(-entropy));
+    // P = exp(x) / mass and exp(-H) = exp(weighted / mass) / mass, without a logarithm in between: a P that equals the
+    // floor must not exceed it by rounding.
+    const float likeness = expf(row.weighted / row.mass) / row.mass;
+    const float floor = fminf(p.posterior_threshold[b], p.posterior_alpha[b] * likeness);
     for (int child = threadIdx.x; child < p.n; child += Threads) {
       if (parents[child] != node) continue;
-      const float logp = shifted(logit_of(child), row.top(), p.temperature[b]) - log_mass;
-      child_logp[child] = expf(logp) > floor ? logp : kRefused;
+      const float x = shifted(logit_of(child), row.top(), p.temperature[b]);
+      child_logp[child] = expf(x) / row.mass > floor ? x - logf(row.mass) : kRefused;
     }
   }
 

@@ -16,9 +16,9 @@ _TYPICAL: tl.constexpr = tl.constexpr(1)
 
 
 @triton.jit
-def log_mass_and_floor(logits, vocab, top, temperature, threshold, alpha, BLOCK: tl.constexpr):
-    """ln of the softmax's denominator, and the probability above which typical acceptance (Medusa, section 2.3.1) takes
-    a child.
+def mass_and_floor(logits, vocab, top, temperature, threshold, alpha, BLOCK: tl.constexpr):
+    """The softmax's denominator, and the probability above which typical acceptance (Medusa, section 2.3.1) takes a
+    child.
     """
     masses = tl.zeros([BLOCK], tl.float32)
     products = tl.zeros([BLOCK], tl.float32)
@@ -30,9 +30,9 @@ def log_mass_and_floor(logits, vocab, top, temperature, threshold, alpha, BLOCK:
         masses += weight
         products += tl.where(weight > 0.0, weight * x, 0.0)
     mass = tl.sum(masses, 0)
-    log_mass = tl.log(mass)
-    entropy = log_mass - tl.sum(products, 0) / mass
-    return log_mass, tl.minimum(threshold, alpha * tl.exp(-entropy))
+    # exp(-H) as P is computed, without a logarithm in between: a P that equals the floor must not exceed it by rounding.
+    likeness = tl.div_rn(tl.exp(tl.sum(products, 0) / mass), mass)
+    return mass, tl.minimum(threshold, alpha * likeness)
 
 
 @triton.jit
@@ -83,10 +83,11 @@ def judge_node_kernel(
             token = tl.where(drawn < 0, token, drawn)
             if how == _TYPICAL:
                 threshold, alpha = tl.load(posterior_threshold + b), tl.load(posterior_alpha + b)
-                log_mass, floor = log_mass_and_floor(logits, vocab, top, heat, threshold, alpha, BLOCK)
+                mass, floor = mass_and_floor(logits, vocab, top, heat, threshold, alpha, BLOCK)
                 x = tl.load(logits + child_token, mask=child, other=float("-inf")).to(tl.float32)
-                logp = shifted(x, top, heat) - log_mass
-                child_edge = tl.where(tl.exp(logp) > floor, logp, float("-inf"))
+                x = shifted(x, top, heat)
+                p = tl.div_rn(tl.exp(x), mass)
+                child_edge = tl.where(p > floor, x - tl.log(mass), float("-inf"))
             else:  # of siblings with the same token the first is meant
                 match = tl.min(tl.where(child & (child_token == token), other, NO_TOKEN), 0)
                 child_edge = tl.where(other == match, 0.0, float("-inf"))
