@@ -149,6 +149,17 @@ def test_large_scores_do_not_overflow(backend):
     assert logprobs.tolist() == [[[0.0, -1e4, -2e4]]]
 
 
+@every_backend(OP)
+@pytest.mark.parametrize("offset", [100.0, 1e4, 1e6])
+def test_logprobs_keep_their_precision_far_from_zero(backend, offset):
+    scores = torch.tensor([0.0, 1.0, 2.0, 1.0])
+    lm_head = torch.zeros(4, 8)
+    lm_head[:, 0] = offset + scores
+    _, logprobs = backend.run(OP, torch.eye(8)[:1], torch.zeros(1, 1, 8, 8), None, lm_head, 4)
+    expected = scores.double().log_softmax(0).sort(descending=True).values
+    assert torch.allclose(logprobs[0, 0].double(), expected, rtol=1e-6, atol=0)
+
+
 if CPU:
 
     @pytest.mark.parametrize("backend", CPU, indirect=True)

@@ -122,7 +122,7 @@ void finish_row(const DraftHeadsParams& p, const Buffers& buffers, int row, int 
   float most = shares[0].most, total = 0;
   for (int i = 1; i < pieces; ++i) most = larger(most, shares[i].most);
   for (int i = 0; i < pieces; ++i) total += shares[i].total * exp(shares[i].most - most);
-  const float normaliser = most + logf(total);
+  const float log_total = logf(total);
 
   Candidate storage[kMostKept];
   Best best = {storage, p.top_k};
@@ -140,7 +140,7 @@ void finish_row(const DraftHeadsParams& p, const Buffers& buffers, int row, int 
     // Fewer candidates than top_k: the logits held NaN.
     const Candidate chosen = i < best.count ? best.list[i] : Candidate{__builtin_nanf(""), 0};
     p.draft_tokens[out + i] = p.token_map ? p.token_map[chosen.id] : chosen.id;
-    p.logprobs[out + i] = chosen.score - normaliser;
+    p.logprobs[out + i] = (chosen.score - most) - log_total;
   }
 }
 

@@ -59,7 +59,7 @@ __device__ void merge_slices(const DraftHeadsParams& p, const Slices& slices, in
     const float2 slice = load_l2(stats + i);
     mass += slice.y * expf(slice.x - top);
   }
-  const float log_mass = top + logf(warp_sum(mass));
+  const float log_mass = logf(warp_sum(mass));
 
   // The best key below `last` in this lane's slices. Nearly always that is some slice's first candidate.
   const auto next_below = [&](uint64_t last) {
@@ -101,7 +101,7 @@ __device__ void merge_slices(const DraftHeadsParams& p, const Slices& slices, in
     if (mine == best) {  // keys are unique: one lane
       const int token = rank_id(best);
       p.draft_tokens[out + i] = p.token_map ? p.token_map[token] : token;
-      p.logprobs[out + i] = rank_value(best) - log_mass;
+      p.logprobs[out + i] = (rank_value(best) - top) - log_mass;
       mine = next_below(best);
     }
   }

@@ -158,7 +158,7 @@ def merge_kernel(
         mass = mass * tl.exp(top - shift) + slice_mass * tl.exp(slice_top - shift)
         top = new_top
     highest = tl.max(top, 0)
-    log_mass = highest + tl.log(tl.sum(mass * tl.exp(top - highest), 0))
+    log_mass = tl.log(tl.sum(mass * tl.exp(top - highest), 0))
 
     out = (row % batch * heads + row // batch) * top_k
     last = tl.full([], 2**63 - 1, tl.int64)
@@ -170,7 +170,7 @@ def merge_kernel(
             best = tl.maximum(best, tl.where(key < last, key, _BELOW_ALL))
         last = tl.max(best, 0)
         token = rank_token(last)
-        tl.store(logprobs + out + rank, rank_value(last) - log_mass)
+        tl.store(logprobs + out + rank, (rank_value(last) - highest) - log_mass)
         if token_map is not None:
             tl.store(draft_tokens + out + rank, tl.load(token_map + token))
         else:
