@@ -150,6 +150,17 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend):
 
 
 @every_backend(OP)
+def test_keys_of_an_infinite_distance_weigh_nothing(backend):
+    """The first 128 scores overflow to -inf, and so do some of the others."""
+    q, k = torch.full((1, 1, 1, 8), 1e20), torch.zeros(1, 201, 1, 8)
+    k[0, :128] = k[0, 150:160] = -1e20
+    v = torch.ones(1, 201, 1, 8)
+    v[0, :128] = 5.0
+    lengths, alone = torch.tensor([200], dtype=torch.int32), torch.ones(1, 1, dtype=torch.int64)
+    assert torch.equal(backend.run(OP, q, k, v, lengths, alone), torch.ones(1, 1, 1, 8))
+
+
+@every_backend(OP)
 @pytest.mark.parametrize("rows", [(0, 1), (1, 0)], ids=["prefix-first", "prefix-last"])
 def test_one_huge_score_takes_all(backend, rows):
     """A one-hot softmax copies one row of V: 1e4 against 0 leaves nothing else above fp32's rounding."""

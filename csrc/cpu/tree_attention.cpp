@@ -217,7 +217,8 @@ class Task {
     Vec most = set(-__builtin_inff()), total = zero();
     for (int i = 0; i < count; i += kWidth) most = max(most, load(s + i));
     target.most = largest(most);
-    const Vec shift = set(target.most);
+    // Where every score is -inf the block weighs nothing; -inf less -inf would be NaN.
+    const Vec shift = set(target.most == -__builtin_inff() ? 0.f : target.most);
     for (int i = 0; i < count; i += kWidth) {
       const Vec weight = exp(load(s + i) - shift);
       store(s + i, weight);

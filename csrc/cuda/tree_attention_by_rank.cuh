@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(TreeAttentionP
       }
     }
     const float highest = fmaxf(maximum, warp_max(score));
-    const float weight = expf(score - highest), correction = expf(maximum - highest);
+    const float base = highest == -INFINITY ? 0.0f : highest;  // every score so far may have overflowed
+    const float weight = expf(score - base), correction = expf(maximum - base);
     maximum = highest;
     sum = sum * correction + warp_sum(weight);
 #pragma unroll
