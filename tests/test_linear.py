@@ -216,6 +216,20 @@ if CPU:
         assert (actual.double() - exact).norm() <= INT8_RELATIVE_NORM * exact.norm()
 
     @on_cpu
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_packed_int8_keeps_what_is_not_finite(backend, bad):
+        x = torch.ones(2, 130)
+        x[0, 70] = bad
+        out = backend.run(OP, x, pack_linear(torch.ones(5, 130), "int8"))
+        assert out[0].isnan().all()
+        assert out[1].isfinite().all()
+
+    @on_cpu
+    def test_packed_int8_of_the_smallest_numbers(backend):
+        out = backend.run(OP, torch.full((1, 64), 1e-37), pack_linear(torch.ones(5, 64), "int8"))
+        assert (out.abs() <= 65e-37).all()
+
+    @on_cpu
     @pytest.mark.parametrize("dtype", [None, *PACKED_DTYPES])
     def test_a_row_does_not_depend_on_the_rows_beside_it(backend, dtype):
         """One order of summation, whatever the number of rows: what makes Medusa's logits plain decoding's, bit for

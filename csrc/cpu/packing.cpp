@@ -7,7 +7,8 @@
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
-// Symmetric: the largest magnitude of a group becomes 127.
+// Symmetric: the largest magnitude of a group becomes 127. A group that holds NaN or infinity has a scale of NaN, and one
+// so small that the inverse would be infinity counts as zeros.
 void quantise_row(const float* x, int k, int8_t* q, float* scales, int32_t* offsets) {
   constexpr int kVectors = kGroup / kWidth;
   for (int begin = 0; begin < k; begin += kGroup, q += kGroup) {
@@ -23,14 +24,16 @@ void quantise_row(const float* x, int k, int8_t* q, float* scales, int32_t* offs
     Vec most = zero(), sum_of = zero();
     for (int v = 0; v < kVectors; ++v) most = max(most, max(values[v], zero() - values[v]));
     const float magnitude = largest(most);
-    const Vec inverse = set(magnitude > 0 ? 127.f / magnitude : 0.f);
+    const Vec inverse = set(magnitude > 1e-36f ? 127.f / magnitude : 0.f);
     for (int v = 0; v < kVectors; ++v) {
       const Vec rounded = round(values[v] * inverse);
       store(q + v * kWidth, rounded);
       sum_of = sum_of + rounded;  // exact: integers below 2^24
     }
-    *scales++ = magnitude / 127.f;
-    *offsets++ = -128 * static_cast<int32_t>(sum(sum_of));
+    const float total = sum(sum_of);
+    const bool finite = total == total;
+    *scales++ = finite ? magnitude / 127.f : total;
+    *offsets++ = finite ? -128 * static_cast<int32_t>(total) : 0;
   }
 }
 
