@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
+
+def traced(op: str, *arguments: object):
+    """Calls a custom op while PyTorch traces. The ops have no gradients, and of an argument that wants one the compiler
+    would ask for their formula.
+    """
+    call = getattr(torch.ops.medusa_kernels, op)
+    return call(*(a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in arguments))
 
 
 def custom_op(op: str, *, mutates: Sequence[str] = ()) -> Callable[[Callable], torch.library.CustomOpDef]:

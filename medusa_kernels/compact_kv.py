@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
-from ._library import custom_op
+from ._library import custom_op, traced
 from .native.compact_kv import arguments
 from .reference import compact_kv as reference
 
@@ -36,7 +36,7 @@ def compact_kv(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     if torch.compiler.is_compiling():
-        torch.ops.medusa_kernels.compact_kv(kv_cache, accepted_nodes, accept_length, cache_seqlens, backend)
+        traced("compact_kv", kv_cache, accepted_nodes, accept_length, cache_seqlens, backend)
     else:
         _checked(kv_cache, accepted_nodes, accept_length, cache_seqlens, backend)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native
-from ._library import custom_op
+from ._library import custom_op, traced
 from .linear import PackedLinear, check_weight, op_weight, resolve_weights, weight_of_op
 from .native import with_workspace
 from .native.draft_heads import arguments
@@ -54,9 +54,8 @@ def draft_heads(
     """
     if torch.compiler.is_compiling():
         (blocks, *packed_blocks), (lm_head, *packed_lm_head) = op_weight(block_weight), op_weight(lm_head_weight)
-        return torch.ops.medusa_kernels.draft_heads(
-            hidden, blocks, block_bias, lm_head, top_k, token_map, backend, *packed_blocks, *packed_lm_head
-        )
+        plain = (hidden, blocks, block_bias, lm_head, top_k, token_map, backend)
+        return traced("draft_heads", *plain, *packed_blocks, *packed_lm_head)
     return _checked(hidden, block_weight, block_bias, lm_head_weight, top_k, token_map, backend)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
-from ._library import custom_op
+from ._library import custom_op, traced
 from .native.linear import arguments, pack
 from .reference import linear as reference
 
@@ -187,7 +187,7 @@ def linear(
     """
     if torch.compiler.is_compiling():
         tensor, *packed = op_weight(weight)
-        return torch.ops.medusa_kernels.linear(x, tensor, bias, residual, row_invariant, backend, *packed)
+        return traced("linear", x, tensor, bias, residual, row_invariant, backend, *packed)
     return _checked(x, weight, bias, residual, row_invariant, backend)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
-from ._library import custom_op
+from ._library import custom_op, traced
 from .native.rms_norm import arguments
 from .reference import rms_norm as reference
 
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.medusa_kernels.rms_norm(x, weight, eps, residual, backend)
+        return traced("rms_norm", x, weight, eps, residual, backend)
     return _checked(x, weight, eps, residual, backend)
 
 

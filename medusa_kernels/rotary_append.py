@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
-from ._library import custom_op
+from ._library import custom_op, traced
 from .native.rotary_append import arguments
 from .reference import rotary_append as reference
 
@@ -57,7 +57,7 @@ def rotary_append(
     """
     tensors = (q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm, k_norm)
     if torch.compiler.is_compiling():
-        torch.ops.medusa_kernels.rotary_append(*tensors, norm_eps, backend)
+        traced("rotary_append", *tensors, norm_eps, backend)
     else:
         _checked(*tensors, norm_eps, backend)
 

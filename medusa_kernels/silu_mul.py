@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native, resolve
-from ._library import custom_op
+from ._library import custom_op, traced
 from .native.silu_mul import arguments
 from .reference import silu_mul as reference
 
@@ -32,7 +32,7 @@ def silu_mul(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
         TypeError, ValueError: gate_up is not as above.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.medusa_kernels.silu_mul(gate_up, backend)
+        return traced("silu_mul", gate_up, backend)
     return _checked(gate_up, backend)
 
 

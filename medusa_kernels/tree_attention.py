@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
-from ._library import custom_op
+from ._library import custom_op, traced
 from .native import with_workspace
 from .native.tree_attention import arguments
 from .reference import tree_attention as reference
@@ -71,8 +71,8 @@ def tree_attention(
         TypeError, ValueError: an argument is not as above; the message names it.
     """
     if torch.compiler.is_compiling():
-        op = torch.ops.medusa_kernels.tree_attention
-        return op(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend)
+        arguments = (q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend)
+        return traced("tree_attention", *arguments)
     return _checked(q, k_cache, v_cache, cache_seqlens, tree_mask, scale, row_invariant, backend)
 
 

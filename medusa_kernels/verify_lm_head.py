@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Native
-from ._library import custom_op
+from ._library import custom_op, traced
 from .linear import PackedLinear, check_weight, op_weight, resolve_weights, weight_of_op
 from .native import with_workspace
 from .native.verify_lm_head import arguments
@@ -80,8 +80,8 @@ def verify_lm_head(
     if torch.compiler.is_compiling():
         check_depth_for_tracing(max_depth)
         weight, *packed = op_weight(lm_head_weight)
-        return torch.ops.medusa_kernels.verify_lm_head(
-            hidden, weight, tree_tokens, parents, list(how or ()), max_depth, backend, *packed
+        return traced(
+            "verify_lm_head", hidden, weight, tree_tokens, parents, list(how or ()), max_depth, backend, *packed
         )
     return _checked(hidden, lm_head_weight, tree_tokens, parents, how, max_depth, backend)
 

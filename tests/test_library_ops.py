@@ -131,6 +131,25 @@ def test_export(op):
     assert all(torch.equal(a, b) for a, b in zip(leaves(actual), leaves(expected), strict=True))
 
 
+@pytest.mark.parametrize("op", ["tree_attention", "draft_heads", "verify_tree", "rms_norm", "silu_mul", "linear"])
+def test_compile_of_arguments_that_want_gradients(op):
+    """Parameters, with gradients on: the ops give none, compiled or not."""
+
+    def wanting(value):
+        return value.requires_grad_() if value.is_floating_point() else value
+
+    args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, wanting, clone(arguments(op)))
+    expected = getattr(mk, op)(*args, **kwargs)
+    args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, wanting, clone(arguments(op)))
+    torch._dynamo.reset()
+    door = getattr(mk, op)
+    actual = torch.compile(lambda *a, **k: door(*a, **k), fullgraph=True, backend="aot_eager")(*args, **kwargs)
+    leaves = torch.utils._pytree.tree_leaves
+    for a, b in zip(leaves(actual), leaves(expected), strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+
+
 def test_a_compiled_call_still_checks_values():
     args, kwargs = arguments("verify_tree")
     verify = torch.compile(
