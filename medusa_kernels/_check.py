@@ -4,7 +4,6 @@ it must be.
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .tree import MAX_NODES as MAX_NODES
 
+_F32 = torch.finfo(torch.float32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 
@@ -64,18 +64,18 @@ def in_range(name: str, value: int | float, low: float, high: float) -> None:
 
 
 def number(name: str, value: object) -> float:
-    """A finite int or float, as a float."""
+    """An int or float that fp32 can hold, as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, not {value}")
+    if not -_F32.max <= value <= _F32.max:  # NaN neither
+        raise ValueError(f"{name} must be finite in fp32, not {value!r:.60}")
     return float(value)
 
 
 def positive(name: str, value: object) -> float:
-    """A finite number above 0, as a float."""
-    if not (found := number(name, value)) > 0:
-        raise ValueError(f"{name} must be above 0, not {value}")
+    """A number that fp32 can hold and that is above 0 there, as a float."""
+    if (found := number(name, value)) < _F32.tiny:
+        raise ValueError(f"{name} must be above 0 in fp32, not {value}")
     return found
 
 
@@ -95,9 +95,10 @@ def writable(name: str, value: Tensor) -> Tensor:
 
 def integer(name: str, value: object, low: int, high: int) -> int:
     """Any integer, NumPy's too, as an int within [low, high]."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    value = operator.index(value)
+    try:
+        value = operator.index(None if isinstance(value, (bool, Tensor)) else value)
+    except TypeError:  # also an array's, which has __index__ and cannot use it
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}") from None
     in_range(name, value, low, high)
     return value
 
@@ -149,6 +150,8 @@ def parents(value: object, batch: int, n: int, device: torch.device) -> Tensor:
     result = tensor("parents", value, dtype=torch.int32)
     if tuple(result.shape) not in ((n,), (batch, n)):
         raise ValueError(f"parents must have shape ({n},) or ({batch}, {n}), not {tuple(result.shape)}")
+    if str(result.device) not in (places := dict.fromkeys(("cpu", str(device)))):
+        raise ValueError(f"parents must be on {' or '.join(places)}, not on {result.device}")
     if values_wanted(result.device):
         order = torch.arange(n, dtype=torch.int32, device=result.device)
         if bool((result[..., 0] != -1).any()):

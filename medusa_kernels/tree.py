@@ -160,17 +160,17 @@ class Tree:
     @cached_property
     def parents(self) -> torch.Tensor:
         """int32 (n,): each node's parent, -1 for the root."""
-        return torch.tensor(self._parent_ids, dtype=torch.int32)
+        return _on_host(self._parent_ids)
 
     @cached_property
     def depths(self) -> torch.Tensor:
         """int32 (n,): each node's distance from the root. A node's position is the cache length + its depth."""
-        return torch.tensor([0, *map(len, self._paths)], dtype=torch.int32)
+        return _on_host([0, *map(len, self._paths)])
 
     @cached_property
     def ranks(self) -> torch.Tensor:
         """int32 (n,): which guess of head `depth` stands at each node, -1 for the root."""
-        return torch.tensor([-1, *(path[-1] for path in self._paths)], dtype=torch.int32)
+        return _on_host([-1, *(path[-1] for path in self._paths)])
 
     @cached_property
     def mask_words(self) -> torch.Tensor:
@@ -192,13 +192,13 @@ class Tree:
         The padding is -1 and not 0 because 0 is a real node: Medusa's own 0 lets a padded column accept a token.
         """
         leaves = [node for node, children in enumerate(self.children) if not children]
-        rows = torch.full((len(leaves), self.max_depth + 1), -1, dtype=torch.int32)
-        for row, leaf in enumerate(leaves):
+        rows = []
+        for leaf in leaves:
             line = [leaf]
             while line[-1]:
                 line.append(self._parent_ids[line[-1]])
-            rows[row, : len(line)] = torch.tensor(line[::-1], dtype=torch.int32)
-        return rows
+            rows.append(line[::-1] + [-1] * (self.max_depth + 1 - len(line)))
+        return _on_host(rows)
 
     @cached_property
     def children(self) -> list[list[int]]:
@@ -301,6 +301,11 @@ def _most_probable_paths(rows: list[list[float]]) -> Iterator[Path]:
         push(path, -negated, 0)
 
 
+def _on_host(values: list) -> torch.Tensor:
+    """int32, on the CPU whatever the caller's default device."""
+    return torch.tensor(values, dtype=torch.int32, device="cpu")
+
+
 def deepest(parents: Sequence[int]) -> int:
     """The depth of a tree's deepest node; a parent that is no earlier node stands for the root's."""
     depths: list[int] = []
@@ -329,9 +334,11 @@ def _check_path(path: Sequence[int], where: str) -> Path:
 
 def _check_int(value: int, name: str, low: int, high: int | None = None) -> int:
     wanted = f"an integer >= {low}" if high is None else f"an integer in {low}..{high}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {type(value).__name__} {value!r:.60}; it must be {wanted}")
-    number = operator.index(value)
+    try:
+        number = operator.index(None if isinstance(value, bool) else value)
+    except TypeError:  # also an array's, which has __index__ and cannot use it
+        shown = " ".join(repr(value).split())
+        raise TypeError(f"{name} is {type(value).__name__} {shown:.60}; it must be {wanted}") from None
     if number < low or (high is not None and number > high):
         raise ValueError(f"{name} is {number}; it must be {wanted}")
     return number

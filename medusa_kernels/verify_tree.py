@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _check
 from ._backends import Lazy, Native, resolve
-from ._library import custom_op
+from ._library import custom_op, traced
 from .native import with_workspace
 from .native.verify_tree import arguments
 from .reference import verify_tree as reference
@@ -107,7 +107,7 @@ def verify_tree(
     )
     if torch.compiler.is_compiling():
         check_depth_for_tracing(max_depth)
-        return torch.ops.medusa_kernels.verify_tree(logits, tree_tokens, parents, list(how or ()), max_depth, backend)
+        return traced("verify_tree", logits, tree_tokens, parents, list(how or ()), max_depth, backend)
     return _checked(logits, tree_tokens, parents, how, max_depth, backend)
 
 
@@ -154,16 +154,20 @@ def _column(name: str, value, batch: int, dtype: torch.dtype) -> Tensor:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit 64 bits, not {value!r:.60}")
     try:
-        result = torch.as_tensor(value)
+        result = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+        if result.is_floating_point() and result is not value:  # whatever PyTorch's default dtype is
+            result = torch.as_tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or one per sequence, not {value!r:.60}") from None
-    if result.is_complex() or (result.is_floating_point() and not dtype.is_floating_point):
-        raise TypeError(f"{name} must hold {'numbers' if result.is_complex() else 'integers'}, not {value!r:.60}")
+    kind = "numbers" if dtype.is_floating_point else "integers"
+    if result.is_complex() or result.dtype == torch.bool or (result.is_floating_point() and kind == "integers"):
+        raise TypeError(f"{name} must hold {kind}, not {value!r:.60}")
     if result.dim() and result.shape != (batch,):
         raise ValueError(f"{name} must be one value or one per sequence ({batch}), not shape {tuple(result.shape)}")
     # While tracing there are no values to look at; the op looks at them when it runs.
     if name in _LIMITS and not torch.compiler.is_compiling() and _check.values_wanted(result.device):
-        _check_column(name, result.reshape(-1))
+        # Floats as the kernels get them: what fp32 rounds to 0 or infinity is that.
+        _check_column(name, (result.to(dtype) if dtype.is_floating_point else result).reshape(-1))
     return result.to(dtype)
 
 
@@ -212,7 +216,7 @@ def checked_acceptance(how: Sequence[Tensor]) -> Acceptance | None:
 
 def _seed(batch: int, seed: int | Sequence[int] | Tensor | None) -> int | list[int] | Tensor:
     if seed is None and torch.compiler.is_compiling():  # a traced call cannot ask the system: torch's generator instead
-        return torch.randint(2**63 - 1, (batch,), dtype=torch.int64)
+        return torch.randint(2**63 - 1, (batch,), dtype=torch.int64, device="cpu")
     if seed is None:
         return [secrets.randbits(63) for _ in range(batch)]
     if isinstance(seed, Tensor):

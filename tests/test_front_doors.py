@@ -7,6 +7,7 @@ A row is an op, the arguments that differ from a good call of it, the exception,
 # ruff: noqa: E501 - a table: one malformed call per line
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,7 +93,9 @@ ROWS = [
     ("tree_attention", {"tree_mask": NO_SELF}, ValueError, "tree_mask must let every node see itself; bit 3 of row 3 is clear"),
     ("tree_attention", {"tree_mask": PAST_N}, ValueError, "tree_mask must have every bit from 7 up clear (n is 7); row 2 has one set"),
     ("tree_attention", {"tree_mask": SIGN_BIT}, ValueError, "tree_mask must have every bit from 7 up clear (n is 7)"),
-    ("tree_attention", {"scale": torch.nan}, ValueError, "scale must be finite, not nan"),
+    ("tree_attention", {"scale": torch.nan}, ValueError, "scale must be finite in fp32, not nan"),
+    ("tree_attention", {"scale": 1e300}, ValueError, "scale must be finite in fp32, not 1e+300"),
+    ("tree_attention", {"scale": 10**400}, ValueError, "scale must be finite in fp32, not 1000000"),
     ("tree_attention", {"scale": "big"}, TypeError, "scale must be a number, not str"),
     ("tree_attention", {"backend": "gpu"}, ValueError, "backend must be 'auto' or one of 'reference', 'cpu', 'cuda', 'triton', not 'gpu'"),
     ("tree_attention", {"backend": None}, ValueError, "backend must be 'auto' or one of"),
@@ -152,6 +155,11 @@ ROWS = [
     ("verify_tree", {"max_depth": 1}, ValueError, "max_depth must be at least the tree's depth 2, not 1"),
     ("verify_tree", {"max_depth": 256}, ValueError, "max_depth must be between 0 and 255, not 256"),
     ("verify_tree", {"max_depth": 2.0}, TypeError, "max_depth must be an int, not float"),
+    ("verify_tree", {"max_depth": np.array([1, 2])}, TypeError, "max_depth must be an int, not ndarray"),
+    ("verify_tree", {"temperature": True}, TypeError, "temperature must hold numbers, not True"),
+    ("verify_tree", {"top_p": torch.tensor([1e-46, 1.0], dtype=torch.float64)}, ValueError, "top_p must be finite, above 0"),
+    ("verify_tree", {"temperature": 1e300}, ValueError, "temperature must be finite, at least 0, not inf"),
+    ("verify_tree", {"parents": TREE.parents.to("meta")}, ValueError, "parents must be on cpu, not on meta"),
     # verify_lm_head: what it shares with verify_tree is checked by the same code
     ("verify_lm_head", {"hidden": Z(N, HIDDEN)}, ValueError, "hidden must have shape (any, any, any), not (7, 16)"),
     ("verify_lm_head", {"hidden": Z(0, N, HIDDEN)}, ValueError, "hidden's batch must be between 1 and"),
@@ -183,7 +191,8 @@ ROWS = [
     # rms_norm, silu_mul
     ("rms_norm", {"x": Z(8)}, ValueError, "x must have shape (any, any), not (8,)"),
     ("rms_norm", {"weight": Z(9)}, ValueError, "weight must have shape (8,), not (9,)"),
-    ("rms_norm", {"eps": 0.0}, ValueError, "eps must be above 0, not 0.0"),
+    ("rms_norm", {"eps": 0.0}, ValueError, "eps must be above 0 in fp32, not 0.0"),
+    ("rms_norm", {"eps": 1e-300}, ValueError, "eps must be above 0 in fp32, not 1e-300"),
     ("rms_norm", {"eps": "1e-5"}, TypeError, "eps must be a number, not str"),
     ("rms_norm", {"residual": Z(3, 8).half()}, TypeError, "residual must have dtype float32, not float16"),
     ("rms_norm", {"residual": Z(8, 3).T}, ValueError, "residual must be contiguous in its last 1 dimension(s)"),
@@ -207,8 +216,8 @@ ROWS = [
     ("rotary_append", {"depths": -TREE.depths}, ValueError, "depths must hold values between 0 and 6; it holds -2"),
     ("rotary_append", {"q_norm": Z(DIM)}, ValueError, "q_norm and k_norm must be given together, in one dtype, not torch.float32 and None"),
     ("rotary_append", {"q_norm": Z(9), "k_norm": Z(9)}, ValueError, "q_norm must have shape (8,), not (9,)"),
-    ("rotary_append", {"norm_eps": torch.nan}, ValueError, "norm_eps must be finite, not nan"),
-    ("rotary_append", {"norm_eps": -1.0}, ValueError, "norm_eps must be above 0, not -1.0"),
+    ("rotary_append", {"norm_eps": torch.nan}, ValueError, "norm_eps must be finite in fp32, not nan"),
+    ("rotary_append", {"norm_eps": -1.0}, ValueError, "norm_eps must be above 0 in fp32, not -1.0"),
     # linear, pack_linear
     ("linear", {"x": Z(3, 2, 8)}, ValueError, "x must have shape (any, any), not (3, 2, 8)"),
     ("linear", {"x": Z(3, 0), "weight": Z(5, 0)}, ValueError, "x's in_features must be between 1"),

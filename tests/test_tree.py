@@ -57,8 +57,12 @@ def test_tensors_follow_from_the_choices(given_choices: list[list[int]]) -> None
 
 
 @pytest.mark.parametrize("name", ["parents", "depths", "ranks", "retrieve_indices", "mask_words"])
-def test_dtypes_and_devices(name: str) -> None:
-    tensor = getattr(Tree.named("3x2"), name)
+@pytest.mark.parametrize("default", ["cpu", "meta"])
+def test_dtypes_and_devices(name: str, default: str) -> None:
+    """Whatever the caller's default device is."""
+    tree = Tree.named("3x2")
+    with torch.device(default):
+        tensor = getattr(tree, name)
     assert tensor.dtype == (torch.int64 if name == "mask_words" else torch.int32)
     assert tensor.device.type == "cpu"
     assert tensor.is_contiguous()
@@ -128,6 +132,7 @@ def test_equality_hash_and_repr() -> None:
         ([[2**31]], ValueError, r"choices\[0\]\[0\], a rank, is 2147483648"),
         ([[0.0]], TypeError, r"choices\[0\]\[0\], a rank, is float 0.0"),
         ([[True]], TypeError, r"choices\[0\]\[0\], a rank, is bool True"),
+        ([[np.array([0, 1])]], TypeError, r"choices\[0\]\[0\], a rank, is ndarray array\(\[0, 1\]\)"),
         ([["0"]], TypeError, r"choices\[0\]\[0\], a rank, is str '0'"),
         ([[i] for i in range(256)], ValueError, r"256 paths, 257 nodes with the root; the most is 256 nodes"),
     ],

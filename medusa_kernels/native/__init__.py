@@ -79,7 +79,7 @@ def _scratch(device: torch.device, size: int) -> Tensor:
 
 def _counters(device: torch.device, count: int) -> Tensor:
     if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32)
+        return torch.zeros(count, dtype=torch.int32, device=device)
     kept = _COUNTERS.setdefault(_stream(device), [])
     if kept and kept[-1].numel() >= count:
         return kept[-1]

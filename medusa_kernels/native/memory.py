@@ -13,7 +13,7 @@ _CHUNK = 64 << 20  # virtual: pages that are never written cost nothing
 _LINE = 64
 
 _lock = threading.Lock()
-_spare = torch.empty(0, dtype=torch.uint8)
+_spare = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def huge_empty(size: int) -> Tensor:

@@ -34,7 +34,7 @@ def launch(
         else:
             temperature, top_p, top_k, _, _, seed, offset = numbers
             path, token = _lossless(logits[b].float(), tokens, tree, temperature, top_p, top_k, seed, offset)
-        accepted_nodes[b, : len(path)] = torch.tensor(path, dtype=torch.int32)
+        accepted_nodes[b, : len(path)] = torch.tensor(path, dtype=torch.int32, device="cpu")
         accept_length[b] = len(path) - 1
         next_token[b] = token
 

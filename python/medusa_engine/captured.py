@@ -54,7 +54,7 @@ class Cuda:
     def host_like(self, tensor: Tensor) -> Tensor:
         """Host memory that the device writes to without the host's help."""
         with self._current():  # elsewhere, pinning would wake a device that nobody uses
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
 
     def send(self, tensor: Tensor, host: Tensor) -> Callable[[], None]:
         """Enqueues the copy of `tensor` to `host`, behind what was replayed, and returns the call that waits for it."""

@@ -128,7 +128,7 @@ class MedusaDrafter:
         """What the heads read once they are told the root, and the call that computes it."""
         model, told = self._model, torch.empty_like(hidden)
         embedded, normed = torch.empty_like(hidden), torch.empty_like(hidden)
-        scale = torch.ones(hidden.shape[1], device=hidden.device)
+        scale = torch.ones(hidden.shape[1], dtype=torch.float32, device=hidden.device)
         norm = bind(model.launch["rms_norm"], embedded, scale, ROOT_EPS, None, normed)
         add = bind(model.launch["linear"], normed, self._root_weight, None, hidden, told)
 

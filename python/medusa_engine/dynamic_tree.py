@@ -146,11 +146,12 @@ class Growth:
         self._depths, self._parents, self._lineage = (
             t.to(device) for t in (found.depths, found.parents, found.lineage)
         )
-        heads = torch.arange(tree.num_heads)
+        heads = torch.arange(tree.num_heads, device="cpu")
         slots = torch.where(found.ranks >= 0, heads * tree.top_k + found.ranks, tree.num_heads * tree.top_k)
         self._slots = slots.gather(1, (found.depths[:, None] - 1).clamp(min=0))[:, 0].to(device)
         self._path_slots = slots[1:].flatten().to(device)
-        self._temperatures = torch.tensor(tree.temperatures, device=device) if tree.temperatures else None
+        known = tree.temperatures
+        self._temperatures = torch.tensor(known, dtype=torch.float32, device=device) if known else None
         self.nodes = torch.zeros(batch, tree.num_nodes, dtype=torch.int64, device=device)
         self.slots = torch.zeros(batch, self._chosen, dtype=torch.int64, device=device)
         # Where a candidate stands in the tree; only those of chosen nodes are read, and those are new at each step.

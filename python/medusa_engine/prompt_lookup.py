@@ -72,7 +72,7 @@ class PromptLookupDraft:
         count = tokens.shape[1] - 1
         # A node has to hold some token; with nothing found, 0 is as good a guess as any.
         guesses = [text.continuation(count) or [0] * count for text in self._texts]
-        tokens[:, 1:] = torch.tensor(guesses, dtype=torch.int32)
+        tokens[:, 1:] = torch.tensor(guesses, dtype=torch.int32, device="cpu")
 
     def advance(self) -> None:
         for text, gained in zip(self._texts, self._outcome.emitted(), strict=True):

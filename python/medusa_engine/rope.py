@@ -220,15 +220,17 @@ def rope_tables(
     if rope.freq_factors is not None and len(rope.freq_factors) != dim // 2:
         found = len(rope.freq_factors)
         raise ValueError(f"rope frequency factors: a rotary width of {dim} needs {dim // 2}, found {found}")
-    if rope.kind == "dynamic":
-        lengths = range(1, num_positions + 1) if seqlen is None else (seqlen,)
-        theta: Any = torch.tensor([_dynamic_theta(rope, dim, n) for n in lengths]).unsqueeze(1)
-    else:
-        theta = rope.theta
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-    frequencies, attention_factor = _scale(rope, theta**exponents, dim)
-    angles = torch.arange(num_positions).float().unsqueeze(1) * frequencies
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    with torch.device("cpu"):
+        if rope.kind == "dynamic":
+            lengths = range(1, num_positions + 1) if seqlen is None else (seqlen,)
+            bases = [_dynamic_theta(rope, dim, n) for n in lengths]
+            theta: Any = torch.tensor(bases, dtype=torch.float32).unsqueeze(1)
+        else:
+            theta = rope.theta
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        frequencies, attention_factor = _scale(rope, theta**exponents, dim)
+        angles = torch.arange(num_positions).float().unsqueeze(1) * frequencies
+        return angles.cos() * attention_factor, angles.sin() * attention_factor
 
 
 def _scale(rope: RopeConfig, wavelengths: Tensor, dim: int) -> tuple[Tensor, float]:
@@ -236,7 +238,7 @@ def _scale(rope: RopeConfig, wavelengths: Tensor, dim: int) -> tuple[Tensor, flo
     import torch
 
     if rope.freq_factors is not None:
-        wavelengths = torch.tensor(rope.freq_factors) * wavelengths
+        wavelengths = torch.tensor(rope.freq_factors, dtype=torch.float32) * wavelengths
     frequencies = 1.0 / wavelengths
     if rope.kind == "linear":
         return frequencies / rope.factor, 1.0

@@ -62,4 +62,5 @@ class SamplingOptions:
                 isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63
             ):
                 raise ValueError(f"seed must be a 64-bit int, not {seed!r}")
-        return torch.tensor([secrets.randbits(63) if seed is None else seed for seed in seeds], dtype=torch.int64)
+        known = [secrets.randbits(63) if seed is None else seed for seed in seeds]
+        return torch.tensor(known, dtype=torch.int64, device="cpu")

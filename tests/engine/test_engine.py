@@ -79,6 +79,25 @@ def test_a_batch_is_its_prompts_one_by_one(backend, tree, dtype, medusa):
     assert max(a.stats.tokens_per_step for a in alone) > 1.5 if medusa else alone[0].stats.tokens_per_step == 1.0
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_pytorch_s_default_device_and_dtype_do_not_matter(backend):
+    def texts():
+        engine = load(random_folder(), fitted_folder(), backend=backend, tree=8)
+        sampled = {"mode": "lossless", "temperature": 0.7, "top_p": 0.9, "seed": 3}
+        yield engine.generate(list(PROMPTS), 12).token_ids
+        yield [chunk.token_ids for chunk in engine.stream(PROMPTS[0], 8)]
+        for draft, tree in (("medusa", "dynamic-6"), ("prompt-lookup", 4), ("first-layers:1", 4)):
+            yield engine.with_draft(draft, tree=tree).generate(list(PROMPTS), 6, **sampled).token_ids
+
+    expected, dtype = list(texts()), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            assert list(texts()) == expected
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def test_sequences_that_end_leave_the_others_alone():
     """EOS, stop strings and the limit end sequences at different steps; the rest go on as if alone."""
     engine = load(heads=counting_heads_folder(4, patchy=True), tree="chain-4")
