@@ -5,6 +5,8 @@ licence.
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +28,7 @@ from .train import LEAST_CONVERSATIONS
 SHARD_POSITIONS = 10_000
 MAX_USER_TOKENS, MAX_ANSWER_TOKENS = 64, 176
 USER_TOP_P = 0.95
+LEAST_TOKENS = 32  # for a user turn and its answer: a context without room for so many is too short
 # A user turn's first tokens settle what it is about: warmer, for variety; the rest, cooler, for sense.
 TOPIC_TOKENS, TOPIC_TEMPERATURE, USER_TEMPERATURE = 8, 1.1, 0.85
 FREE = 0.02  # share of user turns that begin with no opening
@@ -52,7 +55,7 @@ class Writer:
     """Writes conversations, many at a time, one token per slot and step.
 
     A conversation depends on its seed alone, not on its slot. Raises ValueError for a checkpoint without a chat
-    template.
+    template, or with one that does not say where a user's message ends, and for too short a context.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, slots: int):
@@ -62,12 +65,26 @@ class Writer:
             )
         mark = "\u241e"
         rendered = tokenizer.render_chat([{"role": "user", "content": mark}])
-        before, after = rendered.split(mark)
+        self._before, *others = rendered.split(mark)
+        if len(others) != 1 or not others[0]:
+            raise ValueError(
+                "self-distillation needs a chat template that holds a user's message once and puts something behind "
+                "it; pass conversations with --data"
+            )
         self._tokenizer = tokenizer
-        self._prefix, self._suffix = self._encode(before), self._encode(after)
-        self._eos = frozenset(model.config.eos_token_ids)
+        self._prefix, self._suffix = self._encode(self._before), self._encode_behind(others[0])
+        self._eos = frozenset(model.config.eos_token_ids or tokenizer.eos_token_ids)
         self._special = frozenset(tokenizer.special_ids)
-        rows = len(self._prefix) + len(self._suffix) + MAX_USER_TOKENS + MAX_ANSWER_TOKENS + 16
+        context = min(model.config.max_position_embeddings, model.config.sliding_window or math.inf)
+        room = context - len(self._prefix) - len(self._suffix)
+        if room < LEAST_TOKENS:
+            raise ValueError(
+                f"self-distillation needs room for {LEAST_TOKENS} tokens beside the chat template's "
+                f"{len(self._prefix) + len(self._suffix)}, and the model's context is {context}"
+            )
+        self._most_user = min(MAX_USER_TOKENS, room // 4)
+        self._most_answer = min(MAX_ANSWER_TOKENS, room - self._most_user)
+        rows = len(self._prefix) + len(self._suffix) + self._most_user + self._most_answer
         self._cache = model.new_cache(slots, rows)
         device, root = model.device, Tree.from_choices([])
         self._forward = Forward(model, self._cache, 1, root.depths.to(device), root.mask_words.to(device))
@@ -100,7 +117,7 @@ class Writer:
     def conversations(self, seed: int):
         """Endless conversations, in the order in which they end."""
         seeds = (seed * 1_000_003 + i for i in itertools.count())
-        self._slots = [self._begin(next(seeds), fed=0) for _ in range(self._cache.batch)]
+        self._slots = [self._begin(next(seeds)) for _ in range(self._cache.batch)]
         while True:
             for i, (slot, token, hidden) in enumerate(self._step()):
                 if slot.fed < len(slot.ids):
@@ -108,18 +125,26 @@ class Writer:
                 if done := self._append(slot, token, hidden):
                     if isinstance(done, Conversation):
                         yield done
-                    # The prefix's rows in the cache serve every conversation of the slot.
-                    self._slots[i] = self._begin(next(seeds), fed=len(self._prefix) - 1)
+                    self._slots[i] = self._begin(next(seeds), slot.ids[: slot.fed])
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _begin(self, seed: int, fed: int) -> _Slot:
+    def _encode_behind(self, text: str) -> list[int]:
+        """Ids of what follows a user's message, as they are there: alone, SentencePiece would put a space before it."""
+        message = self._before + "a"
+        known, whole = self._encode(message), self._encode(message + text)
+        return whole[len(known) :] if whole[: len(known)] == known else self._encode(text)
+
+    def _begin(self, seed: int, cached: Sequence[int] = ()) -> _Slot:
+        """`cached`: tokens whose rows stand in the slot's cache; those that the conversation begins with serve it."""
         generator = torch.Generator().manual_seed(seed)
         opening = self._openings[int(torch.randint(len(self._openings), (), generator=generator))]
-        if float(torch.rand((), generator=generator)) < FREE:
+        if float(torch.rand((), generator=generator)) < FREE and self._prefix:
             opening = ""
-        return _Slot(self._prefix + self._encode(opening), len(self._prefix), seed, fed)
+        # Together: at the seam, tokens may be others than those of either part.
+        ids = self._encode(self._before + opening)[: len(self._prefix) + self._most_user // 2]
+        return _Slot(ids, _shared(ids, self._prefix), seed, fed=min(_shared(ids, cached), len(ids) - 1))
 
     def _step(self):
         sampling, greedy = MODES.index("lossless"), MODES.index("greedy")
@@ -149,12 +174,18 @@ class Writer:
                 slot.answer_start = len(slot.ids)
                 return False
             slot.ids.append(token)
-            return length >= MAX_USER_TOKENS or token in self._special
+            return length >= self._most_user or token in self._special
         slot.ids.append(token)
         slot.hidden.append(hidden.clone())
-        if token not in self._eos and len(slot.ids) - slot.answer_start < MAX_ANSWER_TOKENS:
+        if token not in self._eos and len(slot.ids) - slot.answer_start < self._most_answer:
             return False
         return Conversation(torch.tensor(slot.ids, dtype=torch.int32), slot.answer_start, torch.stack(slot.hidden))
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differs, min(len(a), len(b)))
 
 
 def is_complete(folder: Path, positions: int) -> bool:
