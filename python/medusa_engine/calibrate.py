@@ -26,6 +26,7 @@ from .dataset import Conversation, read_shard, write_shard
 from .decode import Decoder
 from .draft import MedusaDrafter
 from .engine import DEFAULT_HEADS, Medusa
+from .files import read_json_if_any, write_json
 from .heads_files import is_heads_only
 from .model import Model
 from .observe import moments
@@ -94,8 +95,8 @@ def calibrate(
     ids = [engine.tokenizer.encode_prompt(prompt) for prompt in prompts]
     known = _readable(path)
     digest = hashlib.sha256(json.dumps([ids, max_new_tokens]).encode()).hexdigest()[:16]
+    partial = path.with_name(f"{path.stem}-{digest}.partial")
     if known is None or known.about["text"] != digest:
-        partial = path.with_name(f"{path.stem}-{digest}.partial")
         answers = _answers(engine, ids, max_new_tokens, partial)
         about = {
             "machine": machine.describe(engine.model.device),
@@ -109,13 +110,17 @@ def calibrate(
         }
         known = _judge(engine.model, drafter, answers, about, {} if known is None else known.curves)
         calibration.write(path, known)
-        shutil.rmtree(partial)
+    timed = _Timed(partial / "timed.json", [context, rounds])
     for batch in batches:
+        if batch in timed.batches:
+            continue
         curve = _curve(engine.model, drafter, known, ids, batch=batch, context=context, rounds=rounds)
         today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
         about = {**known.about, "torch": torch.__version__, "date": today}
         known = dataclasses.replace(known, about=about, curves={**known.curves, batch: curve})
         calibration.write(path, known)
+        timed.add(batch)
+    shutil.rmtree(partial, ignore_errors=True)
     return path, known
 
 
@@ -143,7 +148,7 @@ def store_temperatures(folder: Path, temperatures: Sequence[float]) -> None:
     """Adds them to the config.json of a folder that `check_storable` let through: they go wherever the heads go."""
     config = folder / "config.json"
     content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    calibration.write_json(config, {**content, "temperatures": list(temperatures)}, indent=2)
+    write_json(config, {**content, "temperatures": list(temperatures)}, indent=2)
 
 
 def check_storable(folder: str | None) -> Path:
@@ -160,6 +165,23 @@ def check_storable(folder: str | None) -> Path:
     if not is_heads_only(folder):
         raise ValueError(f"temperatures cannot be stored in {folder}: it holds a whole model, not heads alone")
     return Path(folder)
+
+
+class _Timed:
+    """The batch sizes that an interrupted call has timed already, in a file that goes when a call ends.
+
+    Args:
+        how: what else the times depend on; what was timed otherwise does not count.
+    """
+
+    def __init__(self, path: Path, how: list[int]):
+        self._path, self._how = path, how
+        found = read_json_if_any(path)
+        self.batches: list[int] = found["batches"] if found.get("how") == how else []
+
+    def add(self, batch: int) -> None:
+        self.batches.append(batch)
+        write_json(self._path, {"how": self._how, "batches": self.batches})
 
 
 def _readable(path: Path) -> Calibration | None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from medusa_kernels import Tree
 from . import machine
 from .default_model import cache_root
 from .draft import MedusaDrafter
-from .files import replacing
+from .files import write_json
 from .model import Model
 
 _VERSION = 1
@@ -140,23 +140,19 @@ def write(path: Path, calibration: Calibration) -> None:
     write_json(path, {"version": _VERSION, **asdict(calibration)})
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replaces the file in one move."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-
-
 def _name(model: Model, drafter: MedusaDrafter) -> str:
     """dtype and a digest. It knows the heads by what they say, since packed weights are opaque: their best guesses
-    after a few fixed rows, which also depend on the base's LM head, the dtype and the backend's arithmetic.
+    after a few fixed rows, which also depend on the dtype and the backend's arithmetic.
     """
     rows, top_k = 8, min(8, drafter.vocab_size)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, model.config.hidden_size, generator=generator)
     root = torch.randint(model.config.vocab_size, (rows,), dtype=torch.int32, generator=generator)
-    tokens, _, draft = drafter.bind(hidden.to(model.device, model.activation_dtype), root.to(model.device), top_k)
+    tokens, logprobs, draft = drafter.bind(
+        hidden.to(model.device, model.activation_dtype), root.to(model.device), top_k
+    )
     draft()
-    digest = hashlib.sha256(repr((model.config, model.backend, model.dtype_name)).encode())
-    for tensor in (tokens, model.norm):
+    digest = hashlib.sha256(repr((model.digest, model.backend, model.dtype_name)).encode())
+    for tensor in (tokens, logprobs):
         digest.update(tensor.cpu().numpy().tobytes())
     return f"{model.dtype_name}-{digest.hexdigest()[:16]}"

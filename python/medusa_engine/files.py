@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,12 @@ def read_json(path: Path, error: type[ValueError] = CheckpointError) -> dict[str
 def read_json_if_any(path: Path, error: type[ValueError] = CheckpointError) -> dict[str, Any]:
     """As `read_json`; {} where there is no such file."""
     return read_json(path, error) if path.is_file() else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Replaces the file in one move."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 @contextmanager

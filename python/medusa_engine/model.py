@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from .kv_cache import KVCache
 from .rope import rope_tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
+
+SAMPLE = 512  # numbers of a tensor that go into a model's digest
 
 Weight = Tensor | PackedLinear
 
@@ -45,6 +48,7 @@ class Model:
     """A checkpoint's weights on one device, and the launches that run them.
 
     Attributes:
+        digest: of the configuration and of a sample of every tensor: another model's is another.
         launch: op name -> unchecked launch, resolved once.
         dtype: of the K/V cache and of the weights that are not packed.
         activation_dtype: of everything between them: fp32 on the CPU.
@@ -83,18 +87,25 @@ class Model:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         c = self.config
+        digest = hashlib.sha256(repr(c).encode())
+
+        def read(name: str) -> Tensor:
+            tensor = checkpoint.tensor(name)
+            some = tensor.flatten()[:: max(1, tensor.numel() // SAMPLE)]
+            digest.update(some.float().numpy().tobytes())
+            return tensor
 
         def plain(name: str) -> Tensor:
-            return checkpoint.tensor(name).to(self.device, self.dtype).contiguous()
+            return read(name).to(self.device, self.dtype).contiguous()
 
         def matrix(*names: str) -> Weight:
-            return self.pack(torch.cat([checkpoint.tensor(f"{name}.weight") for name in names]))
+            return self.pack(torch.cat([read(f"{name}.weight") for name in names]))
 
         def bias(present: bool, *names: str) -> Tensor | None:
             return torch.cat([plain(f"{name}.bias") for name in names]) if present else None
 
         def norm(name: str) -> Tensor:
-            return checkpoint.tensor(f"{name}.weight").to(self.device, torch.float32).contiguous()
+            return read(f"{name}.weight").to(self.device, torch.float32).contiguous()
 
         self.layers = []
         for i in range(c.num_layers):
@@ -120,8 +131,9 @@ class Model:
         self.norm = norm("model.norm")
         self.embedding = plain("model.embed_tokens.weight")
         # Kept as it is in the checkpoint: Medusa heads may share rows of it.
-        self.lm_head_source = checkpoint.tensor(checkpoint.lm_head_name)
+        self.lm_head_source = read(checkpoint.lm_head_name)
         self.lm_head = self.pack(self.lm_head_source)
+        self.digest = digest.hexdigest()[:16]
 
     def pack(self, weight: Tensor) -> Weight:
         """A weight as this model's kernels read it: packed for the CPU's, else rounded to the model's dtype."""

@@ -212,6 +212,27 @@ def test_nothing_finished_is_done_again(monkeypatch, cache):
     assert groups == [16, 16, 8, 8]
 
 
+def test_a_batch_size_that_was_timed_before_ctrl_c_is_not_timed_again(monkeypatch, cache):
+    timed, curve = [], calibrate._curve
+
+    def timing(*arguments, batch, **options):
+        timed.append(batch)
+        if timed == [1, 2]:
+            raise KeyboardInterrupt
+        return curve(*arguments, batch=batch, **options)
+
+    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1.0))
+    monkeypatch.setattr(calibrate, "_curve", timing)
+    with pytest.raises(KeyboardInterrupt):
+        quick(patchy(), batches=(1, 2))
+    path, found = quick(patchy(), batches=(1, 2))
+    assert timed == [1, 2, 2]
+    assert set(found.curves) == {1, 2}
+    assert list(cache.iterdir()) == [path]
+    quick(patchy(), batches=(1, 2))  # nothing was left undone: measured anew
+    assert timed == [1, 2, 2, 1, 2]
+
+
 def test_another_batch_size_joins_without_new_answers(monkeypatch):
     monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1 + n / 100))
     path, first = quick(patchy())

@@ -2,12 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from medusa_engine import Medusa, calibrate, calibration
 from medusa_engine.calibration import Calibration, Curve, best_nodes
 from medusa_engine.draft import MedusaDrafter
+from medusa_engine.heads_files import load_heads, save_heads
 from medusa_kernels import Tree
 from tests.engine.calibrating import costs, patchy, quick
 from tests.engine.models import counting_folder, counting_heads_folder, write_counting
@@ -84,6 +88,12 @@ def test_every_machine_model_heads_and_dtype_has_its_own(monkeypatch, tmp_path):
         return calibration.locate(engine.model, MedusaDrafter(engine.model, engine.heads))
 
     other_model = write_counting(tmp_path / "other", max_position_embeddings=64)
+    tuned = write_counting(tmp_path / "tuned")
+    tensors = load_file(tuned / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.weight"] *= 1.01
+    save_file(tensors, tuned / "model.safetensors")
+    sharper = load_heads(counting_heads_folder(4))
+    save_heads(tmp_path / "sharper", replace(sharper, lm_head_weight=2 * sharper.lm_head_weight), dtype=torch.float32)
     paths = [
         path(counting_folder(), counting_heads_folder(4)),
         path(counting_folder(), counting_heads_folder(4, patchy=True)),
@@ -91,6 +101,8 @@ def test_every_machine_model_heads_and_dtype_has_its_own(monkeypatch, tmp_path):
         path(counting_folder(), counting_heads_folder(4), "bfloat16"),
         path(counting_folder(), counting_heads_folder(4), backend="reference"),
         path(other_model, counting_heads_folder(4)),
+        path(tuned, counting_heads_folder(4)),
+        path(counting_folder(), tmp_path / "sharper"),
     ]
     monkeypatch.setattr(calibration.machine, "describe", lambda device: "Other CPU @ 3 GHz, 7 threads")
     paths.append(path(counting_folder(), counting_heads_folder(4)))
