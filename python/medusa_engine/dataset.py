@@ -59,6 +59,7 @@ def write_shard(path: Path, conversations: list[Conversation]) -> None:
 def shard_size(path: str | os.PathLike) -> tuple[int, int]:
     """Conversations and answer tokens of one shard. Raises as `read_shard` does."""
     tensors = _tensors(path, lambda name: name != "hidden")
+    _check(path, tensors)
     lengths, starts = tensors["lengths"], tensors["answer_starts"]
     return len(lengths), int((lengths - starts).sum())
 
@@ -70,6 +71,7 @@ def read_shard(path: str | os.PathLike) -> Iterator[Conversation]:
         ValueError: the file is not a shard, or is damaged.
     """
     tensors = _tensors(path)
+    _check(path, tensors)
     ids = tensors["ids"].int()
     at_token = at_row = 0
     for length, start in zip(tensors["lengths"].tolist(), tensors["answer_starts"].tolist(), strict=True):
@@ -79,6 +81,29 @@ def read_shard(path: str | os.PathLike) -> Iterator[Conversation]:
         yield Conversation(ids[at_token : at_token + length], start, hidden)
         at_token += length
         at_row += length - start
+
+
+def _check(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+    ids, lengths, starts = tensors["ids"], tensors["lengths"], tensors["answer_starts"]
+    integral = all(t.ndim == 1 and t.numel() and not t.is_floating_point() for t in (ids, lengths, starts))
+    if not integral or len(lengths) != len(starts):
+        raise ValueError(
+            f"{path} is no shard of conversations: ids, lengths and answer_starts must be integers in one dimension, "
+            "with a length and an answer_start for each conversation"
+        )
+    ids, lengths, starts = ids.long(), lengths.long(), starts.long()
+    if int(ids.min()) < 0:
+        raise ValueError(f"{path} holds token id {int(ids.min())}; ids are 0 or higher")
+    if bool(((starts < 1) | (starts >= lengths)).any()) or int(lengths.sum()) != len(ids):
+        raise ValueError(
+            f"{path} is damaged: an answer must start behind a prompt's first token and before its conversation's end, "
+            f"and the lengths, {int(lengths.sum())} in all, must add up to its {len(ids)} ids"
+        )
+    answers, hidden = int((lengths - starts).sum()), tensors.get("hidden")
+    if hidden is not None and (hidden.ndim != 2 or len(hidden) != answers):
+        raise ValueError(
+            f"{path} holds hidden rows of shape {tuple(hidden.shape)}; it must be ({answers}, hidden_size)"
+        )
 
 
 def _tensors(path: str | os.PathLike, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

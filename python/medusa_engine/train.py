@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,8 +152,8 @@ class Trainer:
         check_torch()
         self.folder, self.options, self.device = Path(folder), options, device
         self.compute_dtype = _fast_dtype(device)
-        train = [c for i, c in enumerate(conversations) if i % HELD_OUT]
-        self.train, self.held_out = train, conversations[::HELD_OUT]
+        train, self.held_out = split(conversations)
+        self.train = train
         if not train:
             raise ValueError(f"training needs at least two conversations, not {len(conversations)}")
         self.token_map = most_frequent_tokens(train, options.draft_vocab, lm_head.shape[0])
@@ -174,8 +177,9 @@ class Trainer:
         try:
             for step, batch in self._remaining():
                 loss = self._loss_and_gradients(batch)
-                self._optimizer.step(_schedule(step / self.total_steps))
-                self.step = step + 1
+                with _without_interruption():
+                    self._optimizer.step(_schedule(step / self.total_steps))
+                    self.step = step + 1
                 self._log({"step": self.step, "loss": loss})
                 on_step(self.step, loss)
                 if self.step % save_every == 0:
@@ -305,10 +309,8 @@ class Trainer:
 
     def _restore(self) -> None:
         state = saved_state(self.folder, self.options, self.device)
-        if state is None:
-            return
-        self.begins_anew = state["text"] != self._text
-        if self.begins_anew:
+        self.begins_anew = state is not None and state["text"] != self._text
+        if state is None or self.begins_anew:
             (self.folder / "log.jsonl").unlink(missing_ok=True)
         else:
             self.module.load_state_dict(state["module"])
@@ -319,6 +321,27 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def split(conversations: list[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
+    """Those to train on, and those held out."""
+    return [c for i, c in enumerate(conversations) if i % HELD_OUT], conversations[::HELD_OUT]
+
+
+@contextlib.contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Ctrl-C comes behind the block: half an update, saved as none, would be made again on top of itself."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler if before is None else before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def check_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -16,10 +17,13 @@ from .checkpoint import open_checkpoint
 from .config import ModelConfig
 from .dataset import Conversation, read_shard, shard_paths
 from .distill import Writer, add_hidden, is_complete, write_conversations
+from .files import read_json_if_any, write_json
 from .heads_files import save_heads
 from .machine import choose_device
 from .model import Model
-from .train import LEAST_CONVERSATIONS, Trainer, TrainOptions, check_torch, saved_state
+from .train import LEAST_CONVERSATIONS, Trainer, TrainOptions, check_torch, saved_state, split
+
+MODEL_FILE = "model.json"  # in the folder: whose text it holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,7 @@ def prepare(
         _check_data(given, checkpoint.config, data)
     positions_limit = checkpoint.config.max_position_embeddings
     base = Model(checkpoint, backend="auto", device=where, dtype="bfloat16", max_positions=positions_limit)
+    _check_model(folder, base)
     writes = data is None and not is_complete(folder / "text", positions)
     writer = Writer(base, checkpoint.tokenizer, slots) if writes else None
     return TrainingRun(folder, options, model, base, writer, given, positions, draws)
@@ -113,6 +118,7 @@ def run(prepared: TrainingRun) -> dict:
         {"heads": folder, "accuracy": [head][rank], "positions": trained on, "loss": of the last steps}.
     """
     folder, base = prepared.folder, prepared.base
+    write_json(folder / MODEL_FILE, {"model": prepared.model, "digest": base.digest})
     if prepared.writer is not None:
         write_conversations(prepared.writer, folder / "text", prepared.positions, prepared.options.seed)
     conversations = _read(folder / "text") if prepared.given is None else prepared.given
@@ -132,7 +138,7 @@ def run(prepared: TrainingRun) -> dict:
 
         trainer.run(show)
     found = trainer.result()
-    save_heads(folder / "heads", dataclasses.replace(found, base_model_name_or_path=prepared.model))
+    save_heads(folder / "heads", dataclasses.replace(found, base_model_name_or_path=_lasting(prepared.model)))
     curve = _curve(folder / "run" / "log.jsonl")
     (folder / "heads" / "loss.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
     if prepared.draws:
@@ -158,9 +164,24 @@ def _check_writable(folder: Path) -> None:
             raise ValueError(f"{part} cannot be written to as a folder: {error.strerror}") from None
 
 
+def _check_model(folder: Path, base: Model) -> None:
+    """Text and hidden rows are one model's: another's heads would be trained on them without a word."""
+    found = read_json_if_any(folder / MODEL_FILE, ValueError)
+    if found and found.get("digest") != base.digest:
+        raise ValueError(f"{folder} is of another model, {found.get('model')!r}: use another folder")
+
+
+def _lasting(model: str) -> str:
+    """A model's name that is its own from everywhere: of a path, the absolute one."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if model != "default" and path.exists() else model
+
+
 def _check_data(conversations: list[Conversation], config: ModelConfig, data: Path) -> None:
     if len(conversations) < LEAST_CONVERSATIONS:
         raise ValueError(f"{data} holds {len(conversations)} conversation; training needs {LEAST_CONVERSATIONS}")
+    if all(len(c.answer) < 2 for c in split(conversations)[0]):
+        raise ValueError(f"{data} holds no answer of two tokens to train on: nothing follows a lone one")
     for conversation in conversations:
         highest = int(conversation.ids.max())
         if highest >= config.vocab_size:
@@ -187,9 +208,15 @@ def _read(data: Path) -> list[Conversation]:
 
 
 def _curve(log: Path) -> list[tuple[int, float]]:
-    """(step, loss) of a run's log; of a step that a resumed run repeated, the last."""
-    rows = (json.loads(line) for line in log.read_text(encoding="utf-8").splitlines())
-    return sorted({row["step"]: row["loss"] for row in rows if "loss" in row}.items())
+    """(step, loss) of a run's log; of a step that a resumed run repeated, the last. A line that a full disk cut short
+    is passed over.
+    """
+    losses: dict[int, float] = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            row = json.loads(line)
+            losses[row["step"]] = row["loss"]
+    return sorted(losses.items())
 
 
 def plot_loss(curve: list[tuple[int, float]], path: Path) -> None:

@@ -1,9 +1,13 @@
 """Head training: what is learnt, what a resumed run repeats, and what is written."""
 
+import itertools
 import json
+import os
+import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import rms_norm
 
 from medusa_engine.dataset import Conversation, read_shard, shard_paths, write_shard
@@ -123,6 +127,34 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, lm_head, embedding, c
     assert steps == list(range(1, whole.total_steps + 1))
 
 
+def test_ctrl_c_between_the_parts_of_an_update_waits_for_its_end(tmp_path, lm_head, embedding, conversations):
+    whole = trained(tmp_path / "whole", lm_head, embedding, conversations)
+    trainer = Trainer(tmp_path / "broken", OPTIONS, lm_head, embedding, conversations, CPU)
+    matrices, _ = trainer._optimizer._parts
+    update, steps = matrices.step, itertools.count(1)
+
+    def interrupted():
+        update()
+        if next(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    matrices.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(lambda step, loss: None)
+    resumed = Trainer(tmp_path / "broken", OPTIONS, lm_head, embedding, conversations, CPU)
+    assert resumed.step == 5
+    resumed.run(lambda step, loss: None)
+    for mine, theirs in zip(resumed.module.parameters(), whole.module.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_log_without_its_run_is_not_gone_on_with(tmp_path, lm_head, embedding, conversations):
+    (tmp_path / "log.jsonl").write_text('{"step": 99, "loss": 99.0}\n')
+    trainer = trained(tmp_path, lm_head, embedding, conversations)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, trainer.total_steps + 1))
+
+
 def test_on_another_text_training_begins_anew(tmp_path, lm_head, embedding, conversations):
     trained(tmp_path / "changed", lm_head, embedding, conversations[:60])
     changed = Trainer(tmp_path / "changed", OPTIONS, lm_head, embedding, conversations, CPU)
@@ -213,6 +245,25 @@ def test_damaged_shards_are_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"shard-0000\.safetensors cannot be read"):
         list(read_shard(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.tensor([3, -1, 5, 6])}, "holds token id -1; ids are 0 or higher"),
+        ({"ids": torch.ones(4)}, "must be integers in one dimension"),
+        ({"lengths": torch.tensor([4, 4])}, "with a length and an answer_start for each conversation"),
+        ({"lengths": torch.tensor([9])}, "the lengths, 9 in all, must add up to its 4 ids"),
+        ({"answer_starts": torch.tensor([0])}, "an answer must start behind a prompt's first token"),
+        ({"answer_starts": torch.tensor([4])}, "and before its conversation's end"),
+        ({"hidden": torch.ones(1, 8)}, r"hidden rows of shape \(1, 8\); it must be \(2, hidden_size\)"),
+    ],
+)
+def test_shards_that_contradict_themselves_are_named(change, message, tmp_path):
+    shard = {"ids": torch.arange(4), "lengths": torch.tensor([4]), "answer_starts": torch.tensor([2])}
+    save_file({**shard, **change}, tmp_path / "shard.safetensors")
+    with pytest.raises(ValueError, match=message):
+        list(read_shard(tmp_path / "shard.safetensors"))
 
 
 def test_saved_heads_load_again(tmp_path, lm_head, embedding, conversations):

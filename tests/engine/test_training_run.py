@@ -9,7 +9,7 @@ import torch
 from medusa_engine import Medusa, training_run
 from medusa_engine.dataset import Conversation, write_shard
 
-from .models import SPOKEN, counting_folder
+from .models import SPOKEN, counting_folder, write_counting
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,31 @@ def test_another_runs_folder_is_refused_first(train, tmp_path, monkeypatch):
     assert "is of a run with another epochs: use another folder, or the same options" in err
 
 
+def test_another_models_folder_is_refused(train, tmp_path):
+    train(tmp_path / "run", "--epochs", 1)
+    other = write_counting(tmp_path / "other", peak=19.0)
+    code, _, err = train(tmp_path / "run", "--epochs", 1, "--model", other)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"run is of another model, '{counting_folder()}': use another folder" in err
+
+
+def test_heads_find_their_model_from_everywhere(train, tmp_path, monkeypatch):
+    write_counting(tmp_path / "counting")
+    monkeypatch.chdir(tmp_path)
+    assert train("run", "--epochs", 1, "--model", "counting")[0] == 0
+    monkeypatch.chdir("/")
+    assert Medusa.from_pretrained(tmp_path / "run" / "heads", dtype="float32", device="cpu").heads.num_heads == 2
+
+
+def test_a_line_of_the_log_that_was_cut_short_is_passed_over(train, tmp_path):
+    train(tmp_path, "--epochs", 1)
+    before = json.loads((tmp_path / "heads" / "loss.json").read_text())
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo')
+    assert train(tmp_path, "--epochs", 1)[0] == 0
+    assert json.loads((tmp_path / "heads" / "loss.json").read_text()) == before
+
+
 def test_data_that_cannot_be_trained_on_is_named(train, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -128,6 +153,7 @@ def test_data_that_cannot_be_trained_on_is_named(train, tmp_path):
     unfit = {
         "no shard": None,
         "1 conversation; training needs 2": [Conversation(ids, 2)],
+        "no answer of two tokens": [Conversation(ids, 23)] * 2,
         "token id 999": [Conversation(torch.full((9,), 999).int(), 2)] * 2,
         "hidden rows of 3 numbers": [Conversation(ids, 2, hidden)] * 2,
     }
