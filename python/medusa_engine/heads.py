@@ -8,6 +8,7 @@ differ in their tensors' names only, so each is one row of `DIALECTS`; what must
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ SHARED_LM_HEAD = "lm_head.weight"
 TOKEN_MAP = "token_map"
 ROOT = "root.weight"
 ROOT_EPS = 1e-6  # of the norm of the root's embedding
+MEASURED = frozenset({"accuracy", "paths", "temperatures"})
 SHAPE_KEYS = frozenset(
     {
         "base_model_name_or_path",
@@ -86,6 +88,7 @@ class MedusaHeads:
             raise HeadsError("0 layers need an LM head for each head; a shared one would only repeat the base's token")
         _check_accuracy(self.accuracy, self.num_heads)
         _check_paths(self.paths, self.num_heads)
+        _check_temperatures(self.metadata.get("temperatures"), self.num_heads)
 
     @property
     def num_heads(self) -> int:
@@ -362,9 +365,18 @@ def _check_paths(paths: Any, num_heads: int) -> None:
         seen.add(tuple(path))
 
 
+def _check_temperatures(temperatures: Any, num_heads: int) -> None:
+    if temperatures is not None and not (
+        isinstance(temperatures, list)
+        and len(temperatures) == num_heads
+        and all(isinstance(t, float | int) and 0 < t < math.inf for t in temperatures)
+    ):
+        raise HeadsError(f"temperatures is {temperatures!r:.60}; it must be {num_heads} numbers above 0, one per head")
+
+
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of the heads beyond their shape. One with a model_type is a model's: its accuracy alone."""
-    names = {"accuracy"} if config.get("model_type") else set(config) - SHAPE_KEYS
+    """What config.json says of the heads beyond their shape. One with a model_type is a model's: our own keys alone."""
+    names = MEASURED if config.get("model_type") else set(config) - SHAPE_KEYS
     return {name: value for name, value in config.items() if name in names}
 
 

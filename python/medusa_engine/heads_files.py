@@ -120,13 +120,16 @@ def save_heads(
 
 def is_heads_only(folder: str | os.PathLike) -> bool:
     """Whether `folder` holds Medusa heads and no base model. Reads names only; False for what is no folder."""
-    place = Path(folder)
+    place = Path(folder).expanduser()
     if not place.is_dir() or any(place.glob("*.gguf")):
         return False
-    names = [name for file in _model_files(place) for name in _tensor_names(file)]
+    has_heads = any((place / name).exists() for name in _HEADS_FILES)
+    # Beside a heads file may lie what a trainer left, in files of any content: a model then has its usual names.
+    files = _model_files(place, _MODEL_FILES, () if has_heads else _MODEL_GLOBS)
+    names = [name for file in files for name in _tensor_names(file)]
     if any(name.startswith("model.") for name in names):
         return False
-    return any((place / name).exists() for name in _HEADS_FILES) or contains_heads(names)
+    return has_heads or contains_heads(names)
 
 
 def base_model_of(folder: str | os.PathLike) -> str | None:
@@ -134,8 +137,9 @@ def base_model_of(folder: str | os.PathLike) -> str | None:
 
     Raises HeadsError for a broken config.
     """
-    name = base_name(read_json_if_any(Path(folder) / "config.json", HeadsError))
-    return str(Path(folder) / name) if name and (Path(folder) / name).exists() else name
+    place = Path(folder).expanduser()
+    name = base_name(read_json_if_any(place / "config.json", HeadsError))
+    return str(place / name) if name and (place / name).exists() else name
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -146,16 +150,16 @@ def _weight_files(folder: Path) -> list[Path]:
     raise HeadsError(f"no heads in {folder}: it has neither {' nor '.join(_HEADS_FILES)} nor a model's weights")
 
 
-def _model_files(folder: Path) -> list[Path]:
+def _model_files(folder: Path, names: Iterable[str] = _MODEL_FILES, globs: Iterable[str] = _MODEL_GLOBS) -> list[Path]:
     """The folder's weight files other than `_HEADS_FILES`; a sharded checkpoint's as its index lists them."""
-    if found := [folder / name for name in _MODEL_FILES if (folder / name).exists()][:1]:
+    if found := [folder / name for name in names if (folder / name).exists()][:1]:
         if found[0].suffix != ".json":
             return found
         shards = read_json(found[0], HeadsError).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise HeadsError(f"cannot read {found[0]}: it has no weight_map from tensor names to files")
         return [folder / shard for shard in sorted(set(shards.values()))]
-    for pattern in _MODEL_GLOBS:
+    for pattern in globs:
         if files := [file for file in sorted(folder.glob(pattern)) if file.name not in _HEADS_FILES]:
             return files
     return []

@@ -136,7 +136,7 @@ def test_saving_refuses_to_contradict_the_shape(tmp_path: Path) -> None:
 # --- what a folder holds --------------------------------------------------------------------------------------------
 
 
-def test_is_heads_only_and_base_model_of(tmp_path: Path) -> None:
+def test_is_heads_only_and_base_model_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heads = write(tmp_path / "heads", medusa(random_heads()), {"base_model_name_or_path": "b"}, "medusa_lm_head.pt")
     assert is_heads_only(heads)
     assert is_heads_only(write(tmp_path / "vllm", vllm(random_heads(), "medusa_heads."), {}))
@@ -145,8 +145,21 @@ def test_is_heads_only_and_base_model_of(tmp_path: Path) -> None:
     assert not is_heads_only(tmp_path / "nowhere")
     assert base_model_of(heads) == "b"
     assert base_model_of(model) is base_model_of(tmp_path / "vllm") is None
+    for left_by_a_trainer in ("training_args.bin", "optimizer.pt"):
+        (heads / left_by_a_trainer).write_bytes(b"whatever")
+    assert is_heads_only(heads)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert is_heads_only("~/heads")
+    assert base_model_of("~/heads") == "b"
     (heads / "model.gguf").write_bytes(b"GGUF")
     assert not is_heads_only(heads)
+
+
+def test_a_models_config_may_hold_what_was_measured_of_the_heads(tmp_path: Path) -> None:
+    measured = {"accuracy": [[0.5]], "temperatures": [1.5] * random_heads().num_heads}
+    others = {"model_type": "medusa", "num_heads": 3, "vocab_size": VOCAB}
+    heads = write(tmp_path, vllm(random_heads()), {**others, **measured})
+    assert load_heads(heads).metadata == measured
 
 
 @pytest.mark.parametrize("dialect", [medusa, tensorrt, vllm])
