@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint, fetched, open_checkpoint
 from .decode import Decoder
 from .draft_choice import choose_drafter
 from .dynamic_tree import DynamicTree
+from .files import read_json_if_any
 from .heads import MedusaHeads, heads_from_tensors
 from .heads_files import base_model_of, is_heads_only, load_heads
 from .machine import cheap_rows, choose_device
@@ -130,7 +131,8 @@ class Medusa:
             found = load_heads(heads, **sizes)
         elif uses_heads and (names := checkpoint.medusa_names()):
             tensors = {name: checkpoint.tensor(name) for name in names}
-            found = heads_from_tensors(tensors, {}, source=str(checkpoint.path), **sizes)
+            beside = read_json_if_any(checkpoint.path / "config.json")
+            found = heads_from_tensors(tensors, beside, source=str(checkpoint.path), **sizes)
         else:
             found = None
         positions = max_seqlen + SPARE_POSITIONS
@@ -283,7 +285,10 @@ class Medusa:
                 f"prompt of {longest} tokens + max_new_tokens {max_new_tokens} exceeds max_seqlen {self.max_seqlen}"
             )
         if medusa and self.drafter is None:
-            raise ValueError("this model has no Medusa heads: pass heads=... to from_pretrained, or medusa=False here")
+            raise ValueError(
+                "this model has no Medusa heads: pass heads=... to from_pretrained, or medusa=False here (on the "
+                "command line --heads or --no-medusa)"
+            )
         stop = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(stop, Sequence) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be a non-empty string or several, not {stop!r}")
@@ -294,14 +299,15 @@ class Medusa:
         transcripts = [
             Transcript(self.tokenizer, eos_token_ids=eos, stop=stop, max_new_tokens=max_new_tokens) for _ in ids
         ]
-        return self._take_steps(len(ids), longest + max_new_tokens, medusa), acceptance, transcripts
+        # What typical acceptance takes depends on the tree, and a text must not depend on how many others there are.
+        tree = self.tree(1 if "typical" in options.mode else len(ids), medusa)
+        return self._take_steps(len(ids), longest + max_new_tokens, tree, medusa), acceptance, transcripts
 
-    def _take_steps(self, batch: int, seqlen: int, medusa: bool) -> Steps:
+    def _take_steps(self, batch: int, seqlen: int, tree: Tree | DynamicTree, medusa: bool) -> Steps:
         """A decoder's steps for this batch: the last ones of their kind if they fit, since binding takes a moment.
 
         The caller puts them back into `_steps` at the end, so that streams that take turns have a decoder each.
         """
-        tree = self.tree(batch, medusa)
         kept = self._steps.pop(medusa, None)
         if kept is not None:
             decoder = kept.decoder
@@ -315,7 +321,8 @@ class Medusa:
         return steps_of(decoder, self._gpu)
 
     def _encode_one(self, prompt: Prompt, name: str, chat: bool) -> list[int]:
-        if not isinstance(prompt, str) and not (isinstance(prompt, Sequence) and all(_is_integer(t) for t in prompt)):
+        is_ids = isinstance(prompt, Sequence) and not isinstance(prompt, bytes) and all(_is_integer(t) for t in prompt)
+        if not isinstance(prompt, str) and not is_ids:
             raise TypeError(f"{name} must be a str or a list of token ids, not {prompt!r:.80}")
         if not len(prompt):
             raise ValueError(f"{name} is empty")

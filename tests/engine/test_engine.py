@@ -276,6 +276,9 @@ def test_medusa_2_heads_inside_the_model(tmp_path):
     assert engine.heads.num_heads == 3
     assert engine.tree(1).choices == Tree.named("chain-3").choices
     assert engine.generate("a", 21).stats.tokens_per_step == 4.0
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "accuracy": [[0.5, 0.4]]}))
+    assert load(tmp_path, tree=3).tree(1).choices == load(tmp_path, tmp_path, tree=3).tree(1).choices == [[0], [1]]
     assert load(tmp_path, counting_heads_folder(4), tree="chain-5").heads.num_heads == 4  # heads given win
     del tensors["medusa_head.1.0.linear.bias"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

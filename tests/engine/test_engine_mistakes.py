@@ -91,6 +91,7 @@ PROMPT_MISTAKES = [
     ([True], TypeError, r"prompts\[0\] must be"),
     ([[[1]]], TypeError, r"prompts\[0\] must be"),
     (b"ab", TypeError, r"prompts must be .* not bytes"),
+    ([b"ab"], TypeError, r"prompts\[0\] must be a str or a list of token ids, not b'ab'"),
     (np.array([1, 2]), TypeError, r"prompts must be .* not ndarray"),
     ([64], ValueError, r"prompt holds token id 64; ids must be between 0 and 63"),
     ([[1], [-1]], ValueError, r"prompts\[1\] holds token id -1; ids must be between 0 and 63"),

@@ -106,6 +106,16 @@ def test_a_seed_and_a_prompt_say_everything(mode, medusa):
     assert engine().generate([PROMPTS[0]] * 2, 24, seed=11, **options).token_ids == [alone[0].token_ids] * 2
 
 
+@pytest.mark.parametrize("draft", ["prompt-lookup", "first-layers:1"])
+def test_typical_does_not_depend_on_how_many_there_are(draft):
+    """What it takes depends on the tree, and "auto" is another one for a batch."""
+    guessing = engine().with_draft(draft)
+    assert guessing.tree(1) != guessing.tree(4)
+    options = {"mode": "typical", "temperature": 0.9}
+    together = guessing.generate(PROMPTS, 24, seed=[1, 2, 3, 4], **options).token_ids
+    assert together == [guessing.generate(p, 24, seed=s, **options).token_ids for s, p in enumerate(PROMPTS, 1)]
+
+
 def test_without_a_seed_every_run_and_every_sequence_differs():
     out = engine().generate([PROMPTS[0]] * 3, 30, mode="lossless")
     again = engine().generate([PROMPTS[0]] * 3, 30, mode="lossless")
