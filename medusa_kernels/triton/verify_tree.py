@@ -30,7 +30,7 @@ def mass_and_floor(logits, vocab, top, temperature, threshold, alpha, BLOCK: tl.
         masses += weight
         products += tl.where(weight > 0.0, weight * x, 0.0)
     mass = tl.sum(masses, 0)
-    # exp(-H) as P is computed, without a logarithm in between: a P that equals the floor must not exceed it by rounding.
+    # exp(-H) as P is computed, without a logarithm: a P that equals the floor must not exceed it by rounding.
     likeness = tl.div_rn(tl.exp(tl.sum(products, 0) / mass), mass)
     return mass, tl.minimum(threshold, alpha * likeness)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def _check_stop(context, parameter, value: tuple[str, ...]) -> tuple[str, ...]:
 def generate(load, prompt, no_medusa, no_chat, compare, as_json, **options) -> None:
     """Answer PROMPT ('-' reads it from standard input)."""
     options = {**options, "chat": not no_chat}
+    if compare and options["seed"] is None:
+        options["seed"] = secrets.randbits(63)  # one for both: sampled anew, two texts differ and say nothing
     runs = {"plain": False, "medusa": True} if compare else {"plain" if no_medusa else "medusa": not no_medusa}
     with mistakes():
         engine = load()

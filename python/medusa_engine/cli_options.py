@@ -127,7 +127,8 @@ class DraftWords(click.ParamType):
     def convert(self, value, param, ctx):
         if not isinstance(value, str):
             return value
-        pairs = [source.partition("@") for source in value.split(",")]
+        sources = re.split(r",(?![^@]*\])", value)  # not at the commas of choices, which hold no @
+        pairs = [source.partition("@") for source in sources]
         return [
             (DraftWord().convert(draft, param, ctx), TreeWord().convert(tree or "auto", param, ctx))
             for draft, _, tree in pairs

@@ -77,7 +77,7 @@ class ModelConfig:
                 missing or malformed; the message names what was found and what is supported.
         """
         arch = config.get("model_type")
-        if arch not in _CLASSES:
+        if not isinstance(arch, str) or arch not in _CLASSES:
             raise ValueError(f"model_type {arch!r} is not supported; supported: {', '.join(_CLASSES)}")
         if quantised := config.get("quantization_config"):
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
@@ -295,7 +295,10 @@ def _sliding_window(values: Mapping[str, Any], arch: str, num_layers: int) -> in
         raise ValueError(f"sliding_window must be a positive integer or null, found {window!r}")
     if arch in ("qwen2", "qwen3"):
         # Qwen slides from layer max_window_layers on, and ships a window with use_sliding_window off.
-        none_slides = values.get("max_window_layers", 28) >= num_layers
+        first = values.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise ValueError(f"max_window_layers must be an integer, found {first!r}")
+        none_slides = first >= num_layers
         if layer_types := values.get("layer_types"):
             none_slides = "sliding_attention" not in layer_types
         if not values.get("use_sliding_window", False) or none_slides:

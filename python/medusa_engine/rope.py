@@ -78,8 +78,15 @@ class RopeConfig:
         kind = found.get("rope_type", found.get("type", "default"))
         where = f"rope parameters of type {kind!r}"
 
-        def number(key: str, default: float | None = None, *, required: bool = False, zero: bool = False) -> Any:
-            value = found.get(key)
+        def number(
+            key: str,
+            default: float | None = None,
+            *,
+            required: bool = False,
+            zero: bool = False,
+            of: Mapping[str, Any] = found,
+        ) -> Any:
+            value = of.get(key)
             value = default if value is None else value
             if value is None and not required:
                 return None
@@ -99,8 +106,8 @@ class RopeConfig:
             return cls(**base, freq_factors=_constant_longrope(found))
         if kind not in ROPE_KINDS:
             raise ValueError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-        original = config.get("original_max_position_embeddings")
-        original = original or number("original_max_position_embeddings", max_position_embeddings)
+        original = number("original_max_position_embeddings", max_position_embeddings)
+        original = number("original_max_position_embeddings", original, of=config)
         if kind == "yarn":
             return cls(
                 kind="yarn",

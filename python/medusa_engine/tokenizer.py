@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
-from .files import read_json_if_any
+from .files import first_line, read_json_if_any
 from .vocabulary import add_bos_eos, vocabulary_from_gguf, vocabulary_from_sentencepiece
 
 if TYPE_CHECKING:
@@ -168,8 +168,6 @@ class Tokenizer:
 
     def render_chat(self, messages: list[dict[str, Any]] | str, add_generation_prompt: bool = True) -> str:
         """The text that `encode_chat` encodes."""
-        import jinja2
-
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         if not messages:
@@ -185,8 +183,8 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the checkpoint's chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is a program: it may divide by 0
+            raise ValueError(f"the checkpoint's chat template refuses these messages: {first_line(error)}") from None
 
     @cached_property
     def _template(self) -> jinja2.Template:

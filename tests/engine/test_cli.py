@@ -144,6 +144,11 @@ def test_compare_of_a_text_too_short_to_time(medusa):
     assert json.loads(medusa("generate", "a", *MODEL, *HEADS, "-n", 1, "--compare", "--json")[1])["speedup"] is None
 
 
+def test_compare_samples_both_texts_alike(medusa):
+    options = ["-n", 9, "--compare", "--mode", "lossless", "--temperature", 5]
+    assert "the texts are equal" in medusa("generate", "a", *MODEL, *HEADS, *options)[1]
+
+
 def test_compare_says_when_the_texts_differ(medusa, monkeypatch):
     stream = Medusa.stream
     monkeypatch.setattr(Medusa, "stream", lambda self, p, medusa, **o: stream(self, "ab"[medusa], medusa=medusa, **o))

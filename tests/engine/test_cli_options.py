@@ -19,6 +19,12 @@ def test_parse_tree():
     assert [parse_tree(t) for t in ("auto", "16", "4x3x2", "[[0], [1]]")] == ["auto", 16, "4x3x2", [[0], [1]]]
 
 
+def test_sources_may_have_choices():
+    words = "medusa@[[0],[0,0]],prompt-lookup,medusa@4,medusa@[[0],[1]]"
+    found = cli_options.DraftWords().convert(words, None, None)
+    assert found == [("medusa", [[0], [0, 0]]), ("prompt-lookup", "auto"), ("medusa", 4), ("medusa", [[0], [1]])]
+
+
 def test_words_are_those_of_the_engine():
     assert cli_options.MODES == MODES
     assert set(cli_options.DTYPES) == set(DTYPES)

@@ -105,6 +105,15 @@ def test_sliding_window_is_what_some_layer_of_transformers_uses(keys, window):
     [
         ({"model_type": "gemma"}, "model_type 'gemma' is not supported; supported: llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "model_type None is not supported"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": None},
+            "max_window_layers must be an integer, found None",
+        ),
+        (
+            {"original_max_position_embeddings": "32", "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "original_max_position_embeddings must be a positive number, found '32'",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised by 'gptq' are not supported"),
         ({"vocab_size": None}, "vocab_size is missing"),

@@ -168,6 +168,7 @@ def test_default_models_chat(default_model):
         ("x", [{"content": "Hi"}], "a message must be a dict with 'role'"),
         ("{{ raise_exception('roles must alternate') }}", "Hi", "refuses these messages: roles must alternate"),
         ("{{ messages[0].content + 1 }}", "Hi", "refuses these messages: can only concatenate"),
+        ("{{ 1 / 0 }}", "Hi", "refuses these messages: division by zero"),
         ("{{ messages.append(1) }}", "Hi", "refuses these messages: .*unsafe"),
         ("{{ ''.__class__.__mro__ }}", "Hi", "refuses these messages: .*unsafe"),
         ("{% if %}", "Hi", "chat template is not valid Jinja"),
