@@ -80,6 +80,8 @@ def _checked(q, k, v, cos, sin, k_cache, v_cache, cache_seqlens, depths, q_norm,
     for name, value in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         _check.writable(name, value)
     _check.one_walk("k_cache", k_cache, "v_cache", v_cache)
+    if k_cache.data_ptr() == v_cache.data_ptr() and k_cache.numel():
+        raise ValueError("v_cache must have memory of its own, not k_cache's: both are written")
     cache_seqlens = _check.cache_seqlens(cache_seqlens, batch, "k_cache", k_cache.shape[1], n, q.device)
     _check.tensor("depths", depths, dtype=torch.int32, device=q.device)
     if tuple(depths.shape) not in ((n,), (batch, n)):

@@ -211,6 +211,7 @@ ROWS = [
     ("rotary_append", {"cos": Z(SEQ, 4).half()}, TypeError, "cos must have dtype float32, not float16"),
     ("rotary_append", {"sin": Z(SEQ, 3)}, ValueError, "sin must have shape (20, 4), not (20, 3)"),
     ("rotary_append", {"cos": Z(6, 4), "sin": Z(6, 4)}, ValueError, "the last position (cache_seqlens + depths) must be between 0 and 5, not 7"),
+    ("rotary_append", {"k_cache": CACHE, "v_cache": CACHE}, ValueError, "v_cache must have memory of its own, not k_cache's"),
     ("rotary_append", {"cache_seqlens": i32(0, 14)}, ValueError, "cache_seqlens must hold values between 0 and 13; it holds 14"),
     ("rotary_append", {"depths": TREE.depths[:3]}, ValueError, "depths must have shape (7,) or (2, 7), not (3,)"),
     ("rotary_append", {"depths": -TREE.depths}, ValueError, "depths must hold values between 0 and 6; it holds -2"),
