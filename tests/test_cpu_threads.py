@@ -105,3 +105,23 @@ def test_idle_threads_sleep():
     print(time.process_time() - used < 0.05)
     """
     assert run(code, MEDUSA_NUM_THREADS="2") == "True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its own memory as Linux does")
+def test_memory_that_runs_out_in_a_launch_is_an_error_and_no_more():
+    """Every thread fails to get its buffer; the launches that follow are as before, and shared again."""
+    code = """
+        import resource
+        x, weight = torch.randn(2_000_000, 4), torch.randn(64, 4)
+        some = linear(x[:5], weight)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (640 << 20), resource.RLIM_INFINITY))
+        try:
+            linear(x, weight)
+        except MemoryError:
+            print("refused")
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert torch.equal(linear(x[:5], weight), some)
+        assert torch.equal(linear(x, weight)[:5], some)
+    """
+    assert run(code, MEDUSA_NUM_THREADS="2") == "refused"

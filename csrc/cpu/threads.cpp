@@ -3,14 +3,18 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace medusa::cpu {
@@ -35,6 +39,10 @@ inline void pause() {
 }
 
 thread_local bool inside_a_piece = false;  // a launch from inside a piece is done by its own thread
+struct InsideAPiece {
+  InsideAPiece() { inside_a_piece = true; }
+  ~InsideAPiece() { inside_a_piece = false; }
+};
 
 // Waits for `ready`: awake for a while, then asleep. Whoever makes it true calls wake() afterwards.
 class Event {
@@ -82,7 +90,10 @@ struct alignas(64) Run {
 class Pool {
  public:
   explicit Pool(int threads) : threads_(threads), runs_(new Run[threads]) {
-    for (int slot = 1; slot < threads; ++slot) workers_.emplace_back([this, slot] { work(slot); });
+    try {
+      for (int slot = 1; slot < threads; ++slot) workers_.emplace_back([this, slot] { work(slot); });
+    } catch (const std::system_error&) {  // no more threads are to be had: the others take their pieces
+    }
   }
 
   // Ends the threads; a launch that comes later is done by its caller alone.
@@ -98,6 +109,7 @@ class Pool {
 
   Pool* older = nullptr;
 
+  // Throws what the first of the pieces threw, after all of them.
   void run(int pieces, Body body, const void* context) {
     body_.store(body, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
@@ -111,6 +123,7 @@ class Pool {
     start_.wake();
     take_pieces(0, pieces);
     finished_.wait([&] { return done_.load(std::memory_order_seq_cst) == pieces; });
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
@@ -147,7 +160,12 @@ class Pool {
         // Its owner takes from the front, a helper from the back: both walk through memory without a gap.
         const uint64_t rest = i == 0 ? word + (uint64_t{1} << 20) : word - 1;
         if (!run.word.compare_exchange_weak(word, rest, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-        body(context, i == 0 ? Run::first(word) : Run::last(word) - 1);
+        try {
+          body(context, i == 0 ? Run::first(word) : Run::last(word) - 1);
+        } catch (...) {
+          std::lock_guard<std::mutex> lock(error_mutex_);
+          if (!error_) error_ = std::current_exception();
+        }
         ++taken;
         word = run.word.load(std::memory_order_acquire);
       }
@@ -159,7 +177,8 @@ class Pool {
   const int threads_;
   std::unique_ptr<Run[]> runs_;
   std::vector<std::thread> workers_;
-  std::mutex in_use_;
+  std::mutex in_use_, error_mutex_;
+  std::exception_ptr error_;  // read by the launching thread once all pieces are done
   alignas(64) std::atomic<uint64_t> launch_{0};
   std::atomic<Body> body_{nullptr};
   std::atomic<const void*> context_{nullptr};
@@ -171,14 +190,13 @@ class Pool {
 int wanted_threads() {
   if (const char* text = std::getenv("MEDUSA_NUM_THREADS")) {
     const int threads = std::atoi(text);
-    if (threads > 0) return threads < kMaxThreads ? threads : kMaxThreads;
+    if (threads > 0) return std::min(threads, kMaxThreads);
   }
 #ifdef __linux__
   cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
+  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return std::min(CPU_COUNT(&cores), kMaxThreads);
 #endif
-  const int cores_seen = static_cast<int>(std::thread::hardware_concurrency());
-  return cores_seen > 0 ? cores_seen : 1;
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
 }
 
 std::mutex pool_mutex;
@@ -221,10 +239,7 @@ int num_threads() {
 
 void set_num_threads(int threads) {
   std::lock_guard<std::mutex> lock(pool_mutex);
-  threads_wanted.store(threads < 1             ? wanted_threads()
-                       : threads < kMaxThreads ? threads
-                                               : kMaxThreads,
-                       std::memory_order_relaxed);
+  threads_wanted.store(threads < 1 ? wanted_threads() : std::min(threads, kMaxThreads), std::memory_order_relaxed);
   if (Pool* old = pool.exchange(nullptr)) {
     old->stop();
     old->older = stopped;
@@ -238,10 +253,8 @@ void run_pieces(int pieces, double work, Body body, const void* context) {
     // A second Python thread that launches meanwhile does its own work: results do not depend on the threads.
     std::unique_lock<std::mutex> lock(shared->in_use(), std::try_to_lock);
     if (lock) {
-      inside_a_piece = true;
-      shared->run(pieces, body, context);
-      inside_a_piece = false;
-      return;
+      const InsideAPiece here;
+      return shared->run(pieces, body, context);
     }
   }
   for (int piece = 0; piece < pieces; ++piece) body(context, piece);
