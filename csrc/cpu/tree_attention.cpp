@@ -20,10 +20,15 @@ constexpr int kUnderWay = 8192;  // bytes of K or V that are asked for before th
 
 // What a block of keys contributes to a row: largest score, sum of exp(score - largest), and that sum over values.
 struct Partial {
-  float most, total;
-  float values[kHead];
+  float* at;
+
+  float& most() const { return at[0]; }
+  float& total() const { return at[1]; }
+  float* values() const { return at + kWidth; }  // written in whole vectors
+
+  // Floats from one to the next
+  static int64_t size(int head_dim) { return kWidth + round_up(head_dim, kWidth); }
 };
-constexpr int64_t kPartial = sizeof(Partial) / sizeof(float);
 
 // The query rows [begin, end) of the K/V heads [first_head, last_head) of a sequence; row = node * group + head of the
 // group.
@@ -31,7 +36,7 @@ template <class T>
 class Task {
  public:
   Task(const TreeAttentionParams& params, int b, int first_head, int last_head, int first, int last, int blocks,
-       Partial* partials)
+       float* partials)
       : p_(params),
         sequence_(b),
         first_head_(first_head),
@@ -42,7 +47,10 @@ class Task {
         prefix_(params.cache_seqlens[b]),
         partials_(partials) {}
 
-  static int64_t num_partials(int heads, int rows, int blocks) { return int64_t{heads} * rows * blocks; }
+  // Floats of all contributions
+  static int64_t partials_space(int heads, int rows, int blocks, int head_dim) {
+    return int64_t{heads} * rows * blocks * Partial::size(head_dim);
+  }
 
   // Floats that `block` works on: q, scores of the prefix and of the tree, transposed keys.
   static int64_t space(int heads, int rows, int n) {
@@ -96,8 +104,8 @@ class Task {
         int count = shared;
         for_ancestors(begin_ + r, first,
                       [&](int, int node) { s[count++] = tree_scores_[r * tree_ld(p_.n) + node - tree.first]; });
-        softmax(s, count, partials(kv, index)[r]);
-        memset(partials(kv, index)[r].values, 0, sizeof(float) * p_.head_dim);
+        softmax(s, count, partial(kv, index, r));
+        memset(partial(kv, index, r).values(), 0, sizeof(float) * p_.head_dim);
       }
     }
     next = ahead(p_.v_cache, first, distance(), kBlock).then(ahead(p_.k_cache, first + kBlock, 0, distance()));
@@ -105,13 +113,13 @@ class Task {
       for (int kv = first_head_; kv < last_head_; ++kv) {
         rows_of(p_.v_cache, kv)
             .add_values(scores_of(kv) + from, kBlock, rows, first + from, smaller(kSpan, shared - from), &next,
-                        partials(kv, index)->values, kPartial);
+                        partial(kv, index, 0).values(), Partial::size(p_.head_dim));
       }
     }
     if (tree.count == 0) return;
     for (int kv = first_head_; kv < last_head_; ++kv) {
       for (int r = 0; r < rows; ++r) {
-        add_tree_values(rows_of(p_.v_cache, kv), first, r, scores_of(kv) + r * kBlock, partials(kv, index)[r].values);
+        add_tree_values(rows_of(p_.v_cache, kv), first, r, scores_of(kv) + r * kBlock, partial(kv, index, r).values());
       }
     }
   }
@@ -132,9 +140,10 @@ class Task {
   }
   float* q_of(int kv) const { return q_ + int64_t{kv - first_head_} * (end_ - begin_) * kHead; }
   float* scores_of(int kv) const { return scores_ + int64_t{kv - first_head_} * (end_ - begin_) * kBlock; }
-  // A block's contributions to the rows
-  Partial* partials(int kv, int block) const {
-    return partials_ + (int64_t{kv - first_head_} * blocks_ + block) * (end_ - begin_);
+  // A block's contribution to row begin_ + r
+  Partial partial(int kv, int block, int r) const {
+    const int64_t index = (int64_t{kv - first_head_} * blocks_ + block) * (end_ - begin_) + r;
+    return {partials_ + index * Partial::size(p_.head_dim)};
   }
   HeadRows<T> rows_of(const void* cache, int kv) const {
     const int64_t offset = sequence_ * p_.kv_batch_stride + kv * p_.kv_head_stride;
@@ -197,7 +206,8 @@ class Task {
   void add_tree_values(const HeadRows<T>& values, int first, int r, const float* weights, float* out) const {
     int from = 0, node_from = 0, length = 0;
     const auto flush = [&] {
-      values.add_values(weights + from - first, kBlock, 1, prefix_ + node_from, length, nullptr, out, kPartial);
+      if (length == 0) return;
+      values.add_values(weights + from - first, kBlock, 1, prefix_ + node_from, length, nullptr, out, 0);
     };
     for_ancestors(begin_ + r, first, [&](int rank, int node) {
       if (length > 0 && node == node_from + length) {
@@ -212,32 +222,32 @@ class Task {
     flush();
   }
 
-  static void softmax(float* s, int count, Partial& target) {
+  static void softmax(float* s, int count, Partial target) {
     for (int i = count; i < round_up(count, kWidth); ++i) s[i] = -__builtin_inff();
     Vec most = set(-__builtin_inff()), total = zero();
     for (int i = 0; i < count; i += kWidth) most = max(most, load(s + i));
-    target.most = largest(most);
+    target.most() = largest(most);
     // Where every score is -inf the block weighs nothing; -inf less -inf would be NaN.
-    const Vec shift = set(target.most == -__builtin_inff() ? 0.f : target.most);
+    const Vec shift = set(target.most() == -__builtin_inff() ? 0.f : target.most());
     for (int i = 0; i < count; i += kWidth) {
       const Vec weight = exp(load(s + i) - shift);
       store(s + i, weight);
       total = total + weight;
     }
-    target.total = sum(total);
+    target.total() = sum(total);
   }
 
   void combine(int kv, int row) const {
     const int blocks = static_cast<int>(ceil_div(visible(row), kBlock));
-    const auto partial = [&](int b) -> const Partial& { return partials(kv, b)[row - begin_]; };
-    float most = partial(0).most, total = 0;
-    for (int b = 1; b < blocks; ++b) most = larger(most, partial(b).most);
+    const auto of_block = [&](int b) { return partial(kv, b, row - begin_); };
+    float most = of_block(0).most(), total = 0;
+    for (int b = 1; b < blocks; ++b) most = larger(most, of_block(b).most());
     alignas(64) float out[kHead] = {};
     for (int b = 0; b < blocks; ++b) {
-      const float weight = exp(partial(b).most - most);
-      total += weight * partial(b).total;
+      const float weight = exp(of_block(b).most() - most);
+      total += weight * of_block(b).total();
       for_vectors(p_.head_dim, [&](int d, int lanes) {
-        store(out + d, fma(set(weight), load_part(partial(b).values + d, lanes), load(out + d)));
+        store(out + d, fma(set(weight), load_part(of_block(b).values() + d, lanes), load(out + d)));
       });
     }
     rows_of(p_.v_cache, kv).restore(out);
@@ -249,7 +259,7 @@ class Task {
 
   const TreeAttentionParams& p_;
   const int sequence_, first_head_, last_head_, begin_, end_, blocks_, prefix_;
-  Partial* const partials_;
+  float* const partials_;
   float *q_, *scores_, *tree_scores_, *keys_;
 };
 
@@ -263,8 +273,8 @@ void attend(const TreeAttentionParams& p) {
     keys += p.cache_seqlens[b] + p.n;
   }
   // How the work is cut changes no result: rows are independent, and so are blocks until they are combined. Blocks with
-  // all heads read memory in order; heads apart, and fewer rows, are for what has few blocks: where more than a fifth of
-  // the threads' rounds over whole blocks would be idle, a last round less than a quarter full not counted.
+  // all heads read memory in order; heads apart, and fewer rows, are for what has few blocks: where more than a fifth
+  // of the threads' rounds over whole blocks would be idle, a last round less than a quarter full not counted.
   const int wanted = 3 * num_threads();
   int height = smaller(rows, kRows);
   const auto heights = [&] { return static_cast<int>(ceil_div(rows, height)); };
@@ -279,25 +289,24 @@ void attend(const TreeAttentionParams& p) {
   // A task's contributions lie together: behind its buffers where one piece does all of it, else where others find
   // them.
   const int64_t space = Task<T>::space(part_heads, height, p.n);
-  const int64_t num_partials = Task<T>::num_partials(part_heads, height, blocks);
-  Partial* shared = splits == 1 ? nullptr : scratch_of<Partial>(Scratch::op, tasks() * num_partials);
-  const auto task_of = [&](int index, Partial* partials) {
+  const int64_t partials_space = Task<T>::partials_space(part_heads, height, blocks, p.head_dim);
+  float* shared = splits == 1 ? nullptr : scratch_of<float>(Scratch::op, tasks() * partials_space);
+  const auto task_of = [&](int index, float* partials) {
     const int first = index % heights() * height, b = index / heights() / parts;
     const int first_head = index / heights() % parts * part_heads;
     return Task<T>(p, b, first_head, first_head + part_heads, first, smaller(rows, first + height), blocks, partials);
   };
   parallel_for(tasks() * splits, nanoseconds, [&](int piece) {
     const int index = piece / splits, part = piece % splits;
-    auto* floats = scratch_of<float>(Scratch::piece, space + (shared ? 0 : num_partials * kPartial));
-    Partial* own = reinterpret_cast<Partial*>(floats + space);
-    Task<T> task = task_of(index, shared ? shared + index * num_partials : own);
+    auto* floats = scratch_of<float>(Scratch::piece, space + (shared ? 0 : partials_space));
+    Task<T> task = task_of(index, shared ? shared + index * partials_space : floats + space);
     task.prepare(floats, blocks * part / splits);
     for (int block = blocks * part / splits; block < blocks * (part + 1) / splits; ++block) task.block(block);
     if (splits == 1) task.combine();
   });
   if (splits == 1) return;
   parallel_for(tasks(), 0.1 * p.batch * p.heads * p.n * blocks * p.head_dim,
-               [&](int index) { task_of(index, shared + index * num_partials).combine(); });
+               [&](int index) { task_of(index, shared + index * partials_space).combine(); });
 }
 
 }  // namespace
