@@ -280,17 +280,21 @@ PYBIND11_MODULE(_C, m) {
   c.def("packed_bytes", [](int matrices, int out_features, int in_features, int format) {
     return cpu::packed_bytes(matrices, out_features, in_features, WeightFormat(format));
   });
-  c.def("pack",
-        [](Address weight, Address packed, int matrices, int out_features, int in_features, int dtype, int format) {
-          cpu::pack(at<void>(weight), at<void>(packed), matrices, out_features, in_features, DType(dtype),
-                    WeightFormat(format));
-        });
+  c.def(
+      "pack",
+      [](Address weight, Address packed, int matrices, int out_features, int in_features, int dtype, int format) {
+        cpu::pack(at<void>(weight), at<void>(packed), matrices, out_features, in_features, DType(dtype),
+                  WeightFormat(format));
+      },
+      py::call_guard<py::gil_scoped_release>());
   c.def("isa", [] { return std::string(cpu::isa()); });
   c.def("force_isa", [](const std::string& name) { cpu::force_isa(name.c_str()); });
   c.def("num_threads", cpu::num_threads);
   c.def("set_num_threads", cpu::set_num_threads);
 
 #endif
+  m.attr("max_nodes") = kMaxNodes;
+  m.attr("max_head_dim") = kMaxHeadDim;
 #ifdef MEDUSA_WITH_CUDA
   m.attr("built_with_cuda") = true;
   m.def("cuda_device_count", [] {

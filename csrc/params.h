@@ -5,6 +5,9 @@
 
 namespace medusa {
 
+// Largest sizes that the front doors let through: kernels have room for so much, and no more.
+constexpr int kMaxNodes = 256, kMaxHeadDim = 256;
+
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct TreeAttentionParams {

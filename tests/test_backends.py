@@ -17,6 +17,7 @@ import torch
 
 import medusa_kernels as mk
 from medusa_kernels import _backends, launches, native
+from medusa_kernels._check import MAX_HEAD_DIM, MAX_NODES
 
 from . import backends
 from .backends import OPS, REFERENCE, Backend, backends_for
@@ -96,6 +97,12 @@ def test_the_harness_notices_a_missing_write():
     assert out[:, 1:].isnan().all()
     with REFERENCE.active():
         assert not REFERENCE.run("silu_mul", torch.ones(1, 4)).isnan().any()
+
+
+@pytest.mark.skipif(not HAS_MODULE, reason="medusa_kernels._C is not built")
+def test_the_kernels_have_room_for_what_the_front_doors_let_through():
+    assert _backends._C.max_nodes == MAX_NODES
+    assert _backends._C.max_head_dim == MAX_HEAD_DIM
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

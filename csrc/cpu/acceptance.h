@@ -7,8 +7,6 @@
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
-constexpr int kNodes = 256;
-
 // What a row of logits says about the tokens after it.
 struct Judgement {
   int32_t argmax;  // greedy
@@ -90,8 +88,8 @@ inline void accept(const VerifyTreeParams& p, int b, const Rows& rows) {
     }
   }
 
-  int depth[kNodes];
-  double score[kNodes];  // typical: sum of ln P along the path
+  int depth[kMaxNodes];
+  double score[kMaxNodes];  // typical: sum of ln P along the path
   depth[0] = 0;
   score[0] = 0;
   int last = 0;

@@ -6,7 +6,7 @@
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
-constexpr int kHead = 256;  // the largest head_dim, and the distance between two query rows
+constexpr int kHead = kMaxHeadDim;  // the distance between two query rows
 constexpr int kVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kKeys = kVectors * kWidth;  // keys whose scores are summed side by side
 constexpr int kSums = 6;                  // rows of them

@@ -6,12 +6,10 @@
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
-constexpr int kHead = 256;
-
 // A head's vector at `from`, normalised where there is a weight, rotated, to `to`; the two may be the same.
 void rotate(const RotaryAppendParams& p, const void* from, DType from_dtype, const void* norm, const float* cos,
             const float* sin, void* to, DType to_dtype) {
-  float x[kHead];
+  float x[kMaxHeadDim];
   const Vec factor = set(norm ? inverse_rms(from, from_dtype, p.head_dim, p.norm_eps) : 1.f);
   for_vectors(p.head_dim, [&](int i, int lanes) {
     Vec value = load_part(from, from_dtype, i, lanes);

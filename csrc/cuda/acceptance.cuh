@@ -5,7 +5,6 @@
 
 namespace medusa::cuda {
 
-constexpr int kMaxNodes = 256;
 constexpr float kRefused = -INFINITY;  // as ln P of a child: not accepted
 
 // What the blocks leave for the last one. A sequence's own part, or all of them.

@@ -11,11 +11,10 @@ namespace medusa::cuda {
 namespace by_rank {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kMaxDim = 256, kMaxNodes = 256;
 
 struct Shared {
-  float q[kMaxDim];
-  float out[kWarps][kMaxDim];
+  float q[kMaxHeadDim];
+  float out[kWarps][kMaxHeadDim];
   float maximum[kWarps], sum[kWarps];
   int ancestors[kMaxNodes];  // the nodes that the row sees, rising
 };
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(TreeAttentionP
     return static_cast<const C*>(cache) + b * p.kv_batch_stride + row * p.kv_row_stride + kv_head * p.kv_head_stride;
   };
 
-  float out[kMaxDim / 32] = {}, maximum = -INFINITY, sum = 0;
+  float out[kMaxHeadDim / 32] = {}, maximum = -INFINITY, sum = 0;
   for (int first = warp * 32; first < keys; first += kThreads) {
     const int count = min(32, keys - first);
     float score = -INFINITY;
@@ -75,19 +74,19 @@ __global__ void __launch_bounds__(kThreads) tree_attention_kernel(TreeAttentionP
     maximum = highest;
     sum = sum * correction + warp_sum(weight);
 #pragma unroll
-    for (int i = 0; i < kMaxDim / 32; ++i) out[i] *= correction;
+    for (int i = 0; i < kMaxHeadDim / 32; ++i) out[i] *= correction;
     for (int j = 0; j < count; ++j) {
       const float w = __shfl_sync(kFullWarp, weight, j);
       const C* v = kv_row(p.v_cache, first + j);
 #pragma unroll
-      for (int i = 0; i < kMaxDim / 32; ++i) {
+      for (int i = 0; i < kMaxHeadDim / 32; ++i) {
         const int d = i * 32 + lane;
         if (d < p.head_dim) out[i] += w * to_float(v[d]);
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < kMaxDim / 32; ++i) s.out[warp][i * 32 + lane] = out[i];
+  for (int i = 0; i < kMaxHeadDim / 32; ++i) s.out[warp][i * 32 + lane] = out[i];
   if (lane == 0) {
     s.maximum[warp] = maximum;
     s.sum[warp] = sum;
