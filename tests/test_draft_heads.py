@@ -163,6 +163,15 @@ def test_logprobs_keep_their_precision_far_from_zero(backend, offset):
 if CPU:
 
     @pytest.mark.parametrize("backend", CPU, indirect=True)
+    @pytest.mark.parametrize("top_k", [3, 70])
+    def test_nan_is_no_guess_before_any_number(backend, top_k):
+        lm_head = torch.zeros(90, 8)
+        lm_head[:, 0] = torch.arange(90.0)
+        lm_head[[5, 40, 88], 0] = torch.nan
+        tokens, _ = backend.run(OP, torch.eye(8)[:1], torch.zeros(1, 1, 8, 8), None, lm_head, top_k)
+        assert tokens[0, 0].tolist() == [i for i in reversed(range(90)) if i not in (5, 40, 88)][:top_k]
+
+    @pytest.mark.parametrize("backend", CPU, indirect=True)
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
     @pytest.mark.parametrize("which", ["blocks", "lm_head", "both"])

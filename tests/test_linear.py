@@ -223,6 +223,11 @@ if CPU:
         out = backend.run(OP, x, pack_linear(torch.ones(5, 130), "int8"))
         assert out[0].isnan().all()
         assert out[1].isfinite().all()
+        weight = torch.ones(5, 130)
+        weight[3, 70] = bad
+        out = backend.run(OP, torch.ones(2, 130), pack_linear(weight, "int8"))
+        assert out[:, 3].isnan().all()
+        assert out[:, [0, 1, 2, 4]].isfinite().all()
 
     @on_cpu
     def test_packed_int8_of_the_smallest_numbers(backend):

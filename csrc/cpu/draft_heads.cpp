@@ -18,7 +18,12 @@ struct Candidate {
   int32_t id;
 };
 
-inline bool better(Candidate a, Candidate b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+// NaN is below every number.
+inline bool better(Candidate a, Candidate b) {
+  const bool a_is_nan = a.score != a.score, b_is_nan = b.score != b.score;
+  if (a_is_nan != b_is_nan) return b_is_nan;
+  return a.score > b.score || (!(a.score < b.score) && a.id < b.id);
+}
 
 int compare(const void* a, const void* b) {
   const Candidate x = *static_cast<const Candidate*>(a), y = *static_cast<const Candidate*>(b);

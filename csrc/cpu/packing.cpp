@@ -7,8 +7,8 @@
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
-// Symmetric: the largest magnitude of a group becomes 127. A group that holds NaN or infinity has a scale of NaN, and one
-// so small that the inverse would be infinity counts as zeros.
+// Symmetric: the largest magnitude of a group becomes 127. A group that holds NaN or infinity has a scale of NaN, and
+// one so small that the inverse would be infinity counts as zeros.
 void quantise_row(const float* x, int k, int8_t* q, float* scales, int32_t* offsets) {
   constexpr int kVectors = kGroup / kWidth;
   for (int begin = 0; begin < k; begin += kGroup, q += kGroup) {
@@ -44,10 +44,14 @@ void pack_int8(const void* weight, DType dtype, int columns, int k, void* tile) 
   for (int c = 0; c < kTile; ++c) {
     float most = 0;
     const auto value = [&](int i) { return load_one(weight, dtype, static_cast<int64_t>(c) * k + i); };
-    for (int i = 0; c < columns && i < k; ++i) most = larger(most, fabsf(value(i)));
-    scales[c] = most / 127.f;
-    const float inverse = most > 0 ? 127.f / most : 0.f;
+    bool finite = true;
     for (int i = 0; c < columns && i < k; ++i) {
+      most = larger(most, fabsf(value(i)));
+      finite &= isfinite(value(i)) != 0;
+    }
+    scales[c] = finite ? most / 127.f : __builtin_nanf("");  // and the bytes stand for 0: the column's outputs are NaN
+    const float inverse = most > 1e-36f ? 127.f / most : 0.f;
+    for (int i = 0; finite && c < columns && i < k; ++i) {
       bytes[(i / 4 * kTile + c) * 4 + i % 4] = static_cast<uint8_t>(lrintf(value(i) * inverse) + 128);
     }
   }
