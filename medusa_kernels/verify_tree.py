@@ -241,7 +241,7 @@ def checked_tree(
     if _check.values_wanted(device):
         _check.all_between("tree_tokens", tree_tokens, 0, vocab - 1)
     on_device = _check.parents(parents, batch, n, device)
-    depth = _depth(parents) if max_depth is None or _check.values_wanted(device) else 0
+    depth = _depth(parents) if max_depth is None or _check.values_wanted(parents.device) else 0
     max_depth = _check.integer("max_depth", depth if max_depth is None else max_depth, 0, _check.MAX_NODES - 1)
     if max_depth < depth:
         raise ValueError(f"max_depth must be at least the tree's depth {depth}, not {max_depth}")

@@ -84,7 +84,7 @@ inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
-// a * b + c, rounded twice: few processors without AVX2 have the fused form
+// a * b + c, rounded twice: the oldest x86-64 has no fused form
 inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
 inline Vec round(Vec a) {
   return {Floats{__builtin_rintf(a.v[0]), __builtin_rintf(a.v[1]), __builtin_rintf(a.v[2]), __builtin_rintf(a.v[3])}};

@@ -1,7 +1,8 @@
 """What crosses into C++: one `arguments` per op, from checked tensors to the addresses and sizes csrc/bindings.cpp
 takes.
 
-The order is that of the binding, which is the same for the CPU and for CUDA; CUDA takes a stream after it.
+The order is that of the binding, which is the same for the CPU and for CUDA; CUDA takes scratch memory and counters
+after it, where an op needs them, and a stream.
 """
 
 from __future__ import annotations

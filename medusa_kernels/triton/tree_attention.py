@@ -71,9 +71,9 @@ def tree_attention_kernel(
     dim = tl.arange(0, DIM)
     inside = dim < HEAD_DIM
 
-    q_at = b.to(tl.int64) * q_batch_stride + node.to(tl.int64) * q_row_stride + head * q_head_stride
+    q_at = b.to(tl.int64) * q_batch_stride + node.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
     queries = tl.load(q + q_at[:, None] + dim[None, :], mask=real[:, None] & inside[None, :], other=0.0).to(DOT)
-    first_key = b.to(tl.int64) * kv_batch_stride + kv_head * kv_head_stride
+    first_key = b.to(tl.int64) * kv_batch_stride + kv_head.to(tl.int64) * kv_head_stride
     row_stride = tl.full([], 1, tl.int64) * kv_row_stride  # `kv_row_stride` may be a constant
     key = tl.arange(0, KEYS)
     values = tl.zeros([ROWS, DIM], tl.float32)
