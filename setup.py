@@ -58,11 +58,11 @@ class CMakeBuild(build_ext):
             "MEDUSA_OUTPUT_DIR": output,
             "MEDUSA_CUDA": os.environ.get("MEDUSA_CUDA", "auto"),
         }
-        if archs := os.environ.get("MEDUSA_CUDA_ARCHS"):
-            options["MEDUSA_CUDA_ARCHS"] = archs
+        archs = os.environ.get("MEDUSA_CUDA_ARCHS")
         command = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         command += ["--fresh"] if is_stale(folder / "CMakeCache.txt") else []
         command += [f"-D{key}={value}" for key, value in options.items()]
+        command += [f"-DMEDUSA_CUDA_ARCHS={archs}" if archs else "-UMEDUSA_CUDA_ARCHS"]  # no earlier build's
         command += shlex.split(os.environ.get("MEDUSA_CMAKE_ARGS", ""))
         print(shlex.join(command), flush=True)
         subprocess.check_call(command)
