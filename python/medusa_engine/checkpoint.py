@@ -12,19 +12,18 @@ from .config import ModelConfig
 from .errors import CheckpointError, HeadsOnlyError
 from .files import first_line, is_hub_id, read_json, read_json_if_any
 from .gguf_reader import GgufFile, GgufWeights
+from .hub import hub_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "CheckpointError", "HeadsOnlyError", "download_snapshot", "fetched", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointError", "HeadsOnlyError", "fetched", "open_checkpoint"]
 
 _MEDUSA_PREFIXES = ("medusa_head.", "medusa_heads.")
 _EMBEDDING, _LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _SHOWN = 8  # names in a message before it only counts
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
-_HUB_BINARIES = ("*.bin", "*.bin.index.json", "medusa_lm_head.pt")
 
 
 class _Weights(Protocol):
@@ -147,10 +146,7 @@ def fetched(model: str | os.PathLike[str]) -> str | os.PathLike[str]:
     name = os.fspath(model)
     if name.endswith(".gguf") or not is_hub_id(name) or Path(name).exists():
         return model
-    folder = download_snapshot(name, _HUB_FILES)
-    if not any(folder.glob("*.safetensors")):
-        folder = download_snapshot(name, (*_HUB_FILES, *_HUB_BINARIES))
-    return folder
+    return hub_folder(name)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -280,24 +276,6 @@ class _TorchFiles:
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
-
-
-def download_snapshot(repo: str, patterns: tuple[str, ...]) -> Path:
-    """The files of a hub repository's top folder that match `patterns`, from the hub or its local cache.
-
-    Raises:
-        CheckpointError: without a network, or for a repository that does not exist or needs a login.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        # "*/*": copies in other formats live in subfolders and can be as large as the model.
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub client raises its own and its HTTP library's errors
-        raise CheckpointError(
-            f"{repo}: no such folder here, and the hub did not give it ({first_line(error)}); check the name, the "
-            "network and `hf auth login`, or download the model elsewhere and pass its folder"
-        ) from None
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import CheckpointError
 from .files import first_line, is_hub_id, read_json, read_json_if_any, replacing
 from .heads import (
     DIALECTS,
@@ -31,6 +32,7 @@ from .heads import (
     own_names,
     some,
 )
+from .hub import hub_folder
 
 HEADS_FILE = "medusa_lm_head.safetensors"
 _HEADS_FILES = (HEADS_FILE, "medusa_lm_head.pt")
@@ -42,7 +44,6 @@ _MODEL_FILES = (
     "pytorch_model.bin.index.json",
 )
 _MODEL_GLOBS = ("*.safetensors", "*.pt", "*.bin")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "medusa_lm_head.pt", "pytorch_model*.bin"]
 
 
 def load_heads(
@@ -59,7 +60,10 @@ def load_heads(
     if not place.exists():
         if not is_hub_id(os.fspath(path)):
             raise HeadsError(f"no heads at {place}: no such file or folder")
-        place = _fetch_from_hub(os.fspath(path))
+        try:
+            place = hub_folder(os.fspath(path))
+        except CheckpointError as error:
+            raise HeadsError(f"no heads at {error}") from None
     files = _weight_files(place) if place.is_dir() else [place]
     names = {file: _tensor_names(file) for file in files}
     try:
@@ -188,15 +192,3 @@ def _read(file: Path, wanted: Iterable[str] | None) -> dict[str, Tensor | None]:
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise HeadsError(f"cannot read {file}: it must hold one dict from names to tensors")
     return dict.fromkeys(content) if wanted is None else {name: content[name] for name in wanted}
-
-
-def _fetch_from_hub(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
-    except Exception as error:  # offline, unknown, private: the user needs one line, not the client's own types
-        raise HeadsError(
-            f"no heads at {name!r}: no such file or folder, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {first_line(error)}); without a network, pass a local folder or file"
-        ) from error

@@ -195,7 +195,7 @@ def test_a_file_that_is_no_model(tmp_path):
 def test_hub_id_without_a_network(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        CheckpointError, match=r"org/name: no such folder here, and the hub did not give it .*pass its folder"
+        CheckpointError, match=r"org/name: no such file or folder here, and the hub did not give it .*pass its folder"
     ):
         open_checkpoint("org/name")
 

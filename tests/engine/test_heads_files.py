@@ -185,8 +185,9 @@ def test_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     message = (
-        r"no heads at 'FasterDecoding/x': no such file or folder, and the Hugging Face hub did not give it "
-        r"\(ConnectionError: no route to host\); without a network, pass a local folder or file$"
+        r"no heads at FasterDecoding/x: no such file or folder here, and the hub did not give it "
+        r"\(ConnectionError: no route to host\); check the name, the network and `hf auth login`, or download it "
+        r"elsewhere and pass its folder$"
     )
     with pytest.raises(HeadsError, match=message):
         load_heads("FasterDecoding/x")
