@@ -6,10 +6,9 @@ backend:
     op shape dtype backend: us | GB/s | % of limit | x reference
 
 The limit is the larger of two times: of the bytes a case must move, at the bandwidth, and of its operations, at the
-speed of
-PyTorch's matrix product (fp32 on the CPU, bf16 on the GPU; int8 four times that), both the best of this very run. A
-case is timed from a cold cache, by its unchecked launch, as the engine calls it. A fused op is also compared with its
-parts, one after the other on the same backend.
+speed of PyTorch's matrix product (fp32 on the CPU, bf16 on the GPU; for int8 times `step_parts.INT8_SPEED`), both the
+best of this very run. A case is timed from a cold cache, by its unchecked launch, as the engine calls it. A fused op is
+also compared with its parts, one after the other on the same backend.
 """
 
 # ruff: noqa: C408 - dict(n=1, heads=9) reads better in a table than its literal
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bench import _timing
+from bench.step_parts import INT8_SPEED
 from medusa_engine import benchmark
 from medusa_kernels import Tree, launches, pack_linear
 from medusa_kernels._backends import _C, resolve
@@ -325,20 +325,25 @@ def measure(
             runs[name] = run
     apart = {f"{n} apart": one_after_another(n, device, work.apart) for n in runs if work.apart and n != "reference"}
     times = _timing.medians(runs | apart | {"reference": reference}, device)
-    speed = _timing.flops(device) * (4 if dtype == torch.int8 else 1)
-    floor = max(work.bytes / _timing.bandwidth(device), work.flops / speed)
     common = {"op": op, "shape": shape, "dtype": label, "dims": dims}
     for name in runs:
         yield common | {
             "backend": name,
             "us": times[name] * 1e6,
             "gb_per_s": work.bytes / times[name] / 1e9,
-            "percent_of_limit": 100 * floor / times[name],
+            "percent_of_limit": 100 * _floor(work, dtype, device, name) / times[name],
             "times_reference": times["reference"] / times[name],
             **({"times_apart": times[f"{name} apart"] / times[name]} if f"{name} apart" in times else {}),
         }
     for name, problem in broken.items():
         yield common | {"backend": name, "failed": problem}
+
+
+def _floor(work: Work, dtype: torch.dtype, device: str, name: str) -> float:
+    """Seconds that the bytes or the operations of a call must take here; int8's depend on the instruction set."""
+    isa = name.removeprefix("cpu-") if name.startswith("cpu-") else _C.cpu.isa()
+    speed = _timing.flops(device) * (INT8_SPEED[isa] if dtype == torch.int8 else 1)
+    return max(work.bytes / _timing.bandwidth(device), work.flops / speed)
 
 
 def environment(device: str) -> dict:

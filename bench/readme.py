@@ -61,19 +61,29 @@ def decoding() -> str:
 
 
 def peers() -> str:
-    """All engines, the fastest first."""
-    found = sorted(rows("peers"), key=lambda r: -r["tokens_per_second"])
-    lines = [
-        (
-            f"**{r['engine']}**, {r['mode']}" if r["engine"] == "ours" else f"{r['engine']} {r['engine_version']}",
-            r["precision"],
-            f"{r['tokens_per_second']:.0f}",
-            f"{r['times_best_peer_of_same_bits']:.2f}×",
-        )
-        for r in found
-    ]
-    head = ("engine", "weights", "tokens/s", "over the best other engine of as many bits")
-    return f"{_markdown(head, lines)}\n\n{_made(found[0])}"
+    """One table per device: all engines, the fastest first."""
+    every, parts = rows("peers"), []
+    for device in dict.fromkeys(row["device"] for row in every):
+        found = sorted((r for r in every if r["device"] == device), key=lambda r: -r["tokens_per_second"])
+        lines = [
+            (
+                _engine(r),
+                r["precision"],
+                f"{r['tokens_per_second']:.0f}",
+                f"{r['times_best_peer_of_same_bits']:.2f}×",
+            )
+            for r in found
+        ]
+        head = ("engine", "weights", "tokens/s", "over the best other engine of as many bits")
+        title = f"On {device}, {found[0]['num_prompts']} {found[0]['prompts']} prompts:"
+        parts.append(f"{title}\n\n{_markdown(head, lines)}\n\n{_made(found[0])}")
+    return "\n\n".join(parts)
+
+
+def _engine(row: dict) -> str:
+    if row["engine"] != "ours":
+        return f"{row['engine']} {row['engine_version']}"
+    return f"**ours**, {row['mode']}" + (f", {row['tree_nodes']} nodes" if row["mode"] == "medusa" else "")
 
 
 def drafts() -> str:
@@ -94,7 +104,8 @@ def drafts() -> str:
             for s in row["sources"]
         ]
         head = ("draft", "nodes", "tokens/step", "tokens/s", "speedup", "equal texts")
-        parts.append(f"{row['dtype']}, {count} {row['prompts']} prompts:\n\n{_markdown(head, lines)}\n\n{_made(row)}")
+        title = f"{row['dtype']}, {count} {row['prompts']} prompts:"
+        parts.append(f"{title}\n\n{_markdown(head, lines)}\n\n{_made(row, where=True)}")
     return "\n\n".join(parts)
 
 
@@ -113,7 +124,7 @@ def sampling() -> str:
             )
             lines.append((mode, f"{temperature:.1f}", *cells))
         title = f"{row['dtype']}, {row['num_prompts']} {row['prompts']} prompts: tokens/step (of greedy's), tokens/s."
-        parts.append(f"{title}\n\n{_markdown(('mode', 'T', *trees), lines)}\n\n{_made(row)}")
+        parts.append(f"{title}\n\n{_markdown(('mode', 'T', *trees), lines)}\n\n{_made(row, where=True)}")
     return "\n\n".join(parts)
 
 
@@ -130,7 +141,7 @@ def losslessness() -> str:
         lines.append((f"the same, total variation; by chance at most {row['outcomes']['bound']:.3f}", *distances))
         title = f"{row['dtype']}, tree {row['tree']}, temperature {row['temperature']}:"
         head = ("test", "lossless", f"{row['control']['mode']}, the biased control")
-        parts.append(f"{title}\n\n{_markdown(head, lines)}\n\n{_made(row)}")
+        parts.append(f"{title}\n\n{_markdown(head, lines)}\n\n{_made(row, where=True)}")
     return "\n\n".join(parts)
 
 
@@ -146,8 +157,9 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([body[0], "|---" * len(head) + "|", *body[1:]])
 
 
-def _made(row: dict) -> str:
-    return f"torch {row['torch']}, commit {row['commit']}, {row['date']}."
+def _made(row: dict, *, where: bool = False) -> str:
+    """Under a table; `where` if its title does not name the device."""
+    return (f"{row['device']}; " if where else "") + f"torch {row['torch']}, commit {row['commit']}, {row['date']}."
 
 
 def render(readme: str) -> str:
