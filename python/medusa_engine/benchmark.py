@@ -8,6 +8,7 @@ import json
 import platform
 import statistics
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -81,9 +82,9 @@ def compare(engine: Medusa, prompts: list[str], *, prompt_set: str, max_new_toke
         "new_tokens": sum(s.new_tokens for s in fast),
         "steps": steps,
         "tokens_per_step": sum(s.accepted for s in fast) / max(1, steps),
-        "plain_tokens_per_second": _median(s.tokens_per_second for s in plain),
-        "medusa_tokens_per_second": _median(s.tokens_per_second for s in fast),
-        "speedup": _median(m.tokens_per_second / p.tokens_per_second for p, m in timed),
+        "plain_tokens_per_second": median(s.tokens_per_second for s in plain),
+        "medusa_tokens_per_second": median(s.tokens_per_second for s in fast),
+        "speedup": median(m.tokens_per_second / p.tokens_per_second for p, m in timed),
         **where(engine.model.device),
     }
 
@@ -130,7 +131,8 @@ def table(row: dict) -> str:
     )
 
 
-def _median(values) -> float:
+def median(values: Iterable[float]) -> float:
+    """0.0 of none."""
     values = list(values)
     return statistics.median(values) if values else 0.0
 

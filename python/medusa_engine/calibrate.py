@@ -22,6 +22,7 @@ from medusa_kernels import Tree
 
 from . import calibration, machine
 from .calibration import Calibration, Curve, best_nodes
+from .captured import CapturedStep, Cuda
 from .dataset import Conversation, read_shard, write_shard
 from .decode import Decoder
 from .draft import MedusaDrafter
@@ -36,7 +37,7 @@ from .train import MAX_PATHS, RANKS
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXT = 256
-WARM_UP = 2  # rounds whose times are dropped: page faults, clocks
+WARM_UP = 2  # rounds whose times are dropped: page faults, clocks, on a GPU the capture
 PROMPTS_AT_ONCE = 16
 ROWS_AT_ONCE = 32
 # One number per head needs few positions, and each costs the whole draft vocabulary.
@@ -385,23 +386,23 @@ def _step_samples(
     model: Model, drafter: MedusaDrafter, trees: Sequence[Tree], prompts: list[list[int]], rounds: int
 ) -> dict[int, list[float]]:
     """{nodes: seconds of whole steps behind the prompts}: every tree once a round, in an order of its own, so that a
-    busy moment of the machine hits all of them alike.
+    busy moment of the machine hits all of them alike. On a GPU they are replayed, as the engine's are.
     """
-    context = len(prompts[0])
-    decoders = {}
+    context, gpu = len(prompts[0]), Cuda.of(model)
+    decoders, steps = {}, {}
     for tree in trees:
         room = context + tree.max_depth + 1
-        decoders[tree.num_nodes] = Decoder(model, drafter, tree, batch=len(prompts), max_seqlen=room)
-        decoders[tree.num_nodes].start(prompts, None)
+        decoders[tree.num_nodes] = decoder = Decoder(model, drafter, tree, batch=len(prompts), max_seqlen=room)
+        decoder.start(prompts, None)
+        steps[tree.num_nodes] = decoder.step if gpu is None else CapturedStep(decoder, gpu)
     samples: dict[int, list[float]] = {nodes: [] for nodes in decoders}
     watch = Stopwatch()
     for number in tqdm(range(WARM_UP + rounds), desc=f"steps, batch {len(prompts)}", unit="round", disable=None):
         for nodes in random.Random(number).sample(list(decoders), len(decoders)):
-            decoder = decoders[nodes]
-            decoder.cache.seqlens.fill_(context)  # every step is the first one behind the prompt
+            decoders[nodes].cache.seqlens.fill_(context)  # every step is the first one behind the prompt
             _wait(model.device)
             watch.lap()
-            decoder.step()
+            steps[nodes]()
             _wait(model.device)
             samples[nodes].append(watch.lap())
     return {nodes: times[WARM_UP:] for nodes, times in samples.items()}

@@ -62,6 +62,8 @@ def _check_stop(context, parameter, value: tuple[str, ...]) -> tuple[str, ...]:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def generate(load, prompt, no_medusa, no_chat, compare, as_json, **options) -> None:
     """Answer PROMPT ('-' reads it from standard input)."""
+    if compare and no_medusa:
+        raise click.UsageError("--no-medusa cannot be given with --compare, which decodes in both ways")
     options = {**options, "chat": not no_chat}
     if compare and options["seed"] is None:
         options["seed"] = secrets.randbits(63)  # one for both: sampled anew, two texts differ and say nothing
@@ -184,8 +186,9 @@ def bench(load, prompts, texts, max_new_tokens, drafts, output, as_json) -> None
 def verify(load, prompts, texts, max_new_tokens, batch, beside, as_json) -> int:
     """Is Medusa's greedy text plain decoding's? Every first difference, and what it is.
 
-    Exit code 0: all token ids are equal, and the logits up to rounding (on the CPU: bit for bit). 3: some texts part at
-    a near-tie that rounding explains, all others are equal. 1: a difference that only a bug explains.
+    Exit code 0: all token ids are equal, and the logits up to rounding (on the cpu backend, and with --bitwise, bit for
+    bit). 3: some texts part at a near-tie that rounding explains, all others are equal. 1: a difference that only a bug
+    explains.
     """
     params = click.get_current_context().params
     if beside and params["dtype"] == "int8":
@@ -232,6 +235,9 @@ def calibrate(load, prompts, texts, max_new_tokens, batches, context, rounds, st
     from . import calibrate as measure
     from . import calibration_report as report
 
+    for name in ("draft", "tree"):
+        if given(name):
+            raise click.UsageError(f"--{name} has no effect here: the heads are measured, with trees of every size")
     params = click.get_current_context().params
     options = {"max_new_tokens": max_new_tokens, "batches": batches, "context": context, "rounds": rounds}
     with mistakes():

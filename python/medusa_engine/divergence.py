@@ -151,10 +151,10 @@ class Transformers:
 
 
 def own_rounding(engine: Medusa) -> float:
-    """How far Medusa's logits may be from plain decoding's: on the cpu backend a row never depends on the rows beside
-    it, so not at all; elsewhere as far as another engine's, and int8, whose sums are fp32, as float32.
+    """How far Medusa's logits may be from plain decoding's: where a row never depends on the rows beside it, as on the
+    cpu backend or with bitwise=True, not at all; elsewhere as far as another engine's.
     """
-    return 0.0 if engine.backend == "cpu" else ROUNDING.get(engine.dtype, ROUNDING["float32"])
+    return 0.0 if engine.model.bitwise else ROUNDING[engine.dtype]
 
 
 def verify(

@@ -88,16 +88,14 @@ class MedusaDrafter:
         self._model = model
         self._token_map = None if heads.token_map is None else heads.token_map.to(model.device)
         lm_head = heads.lm_head_weight
-        if lm_head is None:
-            lm_head = model.lm_head_source
-            if heads.token_map is not None:
-                lm_head = lm_head[heads.token_map.long()]
-        shares_all = heads.lm_head_weight is None and heads.token_map is None
-        self._lm_head = model.lm_head if shares_all else model.pack(lm_head)
+        if lm_head is None and heads.token_map is None:
+            self._lm_head, self.vocab_size = model.lm_head, model.config.vocab_size
+        else:
+            rows = model.lm_head_source[heads.token_map.long()] if lm_head is None else lm_head
+            self._lm_head, self.vocab_size = model.pack(rows), rows.shape[-2]
         self._block_weight = model.pack(heads.block_weight)
         self._block_bias = None if heads.block_bias is None else heads.block_bias.to(model.device, model.dtype)
         self._root_weight = None if heads.root_weight is None else model.pack(heads.root_weight)
-        self.vocab_size = lm_head.shape[-2]
 
     def join(self, decoder: Decoder) -> MedusaDraft:
         return (DynamicDraft if isinstance(decoder.tree, DynamicTree) else MedusaDraft)(self, decoder)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from .benchmark import where
+from .benchmark import median, where
 from .engine import Medusa
 from .output import Output
 
@@ -44,7 +43,7 @@ def compare_drafts(
         "max_new_tokens": max_new_tokens,
         "backend": engine.backend,
         "dtype": engine.dtype,
-        "plain_tokens_per_second": _median(o.stats.tokens_per_second for o in plain if o.stats.steps),
+        "plain_tokens_per_second": median(o.stats.tokens_per_second for o in plain if o.stats.steps),
         "sources": [
             {"draft": draft, **_describe(one, plain, outputs)}
             for (draft, one), outputs in zip(sources, guessed, strict=True)
@@ -61,8 +60,8 @@ def _describe(engine: Medusa, plain: list[Output], outputs: list[Output]) -> dic
         "tree_depth": tree.max_depth,
         "steps": steps,
         "tokens_per_step": sum(o.accepted for _, o in timed) / max(1, steps),
-        "tokens_per_second": _median(o.tokens_per_second for _, o in timed),
-        "speedup": _median(o.tokens_per_second / p.tokens_per_second for p, o in timed),
+        "tokens_per_second": median(o.tokens_per_second for _, o in timed),
+        "speedup": median(o.tokens_per_second / p.tokens_per_second for p, o in timed),
         "equal_texts": sum(p.token_ids == o.token_ids for p, o in zip(plain, outputs, strict=True)),
     }
 
@@ -80,8 +79,3 @@ def table(row: dict) -> str:
     ]
     lines += [line.format(**source, count=count) for source in (plain, *row["sources"])]
     return "\n".join(lines)
-
-
-def _median(values) -> float:
-    values = list(values)
-    return statistics.median(values) if values else 0.0

@@ -107,7 +107,8 @@ class Medusa:
                 bf16 and fp16, attention then leaves the tensor cores. On the CPU they always are.
 
         Raises:
-            ValueError: an option, or a checkpoint, is not as above; the message names it.
+            ValueError: an option, or a checkpoint, is not as above; the message names it. TypeError: a tree's choices.
+            ModelFetchError: the default model is not in the cache and could not be put there.
         """
         uses_heads = draft == "medusa"
         if heads is not None and not uses_heads:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 
 import torch
 
 from medusa_kernels._backends import _C
 
 
+@cache
 def processor() -> str:
     """The CPU's model name."""
     try:

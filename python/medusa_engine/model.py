@@ -48,6 +48,7 @@ class Model:
     """A checkpoint's weights on one device, and the launches that run them.
 
     Attributes:
+        bitwise: whether a row's logits never depend on the rows beside it.
         digest: of the configuration and of a sample of every tensor: another model's is another.
         launch: op name -> unchecked launch, resolved once.
         dtype: of the K/V cache and of the weights that are not packed.
@@ -70,6 +71,7 @@ class Model:
         device = torch.empty(0, device=device).device  # by its number: "cuda" is whichever is current
         self.device, self.dtype, self.dtype_name = device, DTYPES[dtype], dtype
         self.backend = backend if backend != "auto" else auto_backend(device)
+        self.bitwise = bitwise or self.backend == "cpu"
         if dtype == "int8" and self.backend != "cpu":
             raise ValueError(f"dtype 'int8' runs on backend 'cpu' alone, not on {self.backend!r}")
         if bitwise and self.backend not in ("cpu", "cuda"):
@@ -130,10 +132,14 @@ class Model:
             )
         self.norm = norm("model.norm")
         self.embedding = plain("model.embed_tokens.weight")
-        # Kept as it is in the checkpoint: Medusa heads may share rows of it.
-        self.lm_head_source = read(checkpoint.lm_head_name)
-        self.lm_head = self.pack(self.lm_head_source)
+        self.lm_head = self.pack(read(checkpoint.lm_head_name))
         self.digest = digest.hexdigest()[:16]
+        self._checkpoint = checkpoint
+
+    @property
+    def lm_head_source(self) -> Tensor:
+        """The LM head as it is in the checkpoint, read anew: Medusa heads may share rows of it."""
+        return self._checkpoint.tensor(self._checkpoint.lm_head_name)
 
     def pack(self, weight: Tensor) -> Weight:
         """A weight as this model's kernels read it: packed for the CPU's, else rounded to the model's dtype."""

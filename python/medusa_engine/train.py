@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medusa_kernels.tree import MAX_NODES
+
 from .dataset import Conversation
 from .files import replacing
 from .heads import ROOT_EPS, MedusaHeads
 from .stepping import best_paths, tokens_per_step
 
 RANKS = 32  # ranks whose accuracy is measured: more than any tree of 256 nodes reads of a good head
-MAX_PATHS = 255  # a tree of 256 nodes
+MAX_PATHS = MAX_NODES - 1
 HELD_OUT = 50  # every 50th conversation is held out
 LEAST_CONVERSATIONS = 2  # one is held out, one trains
 PIECE = 16  # consecutive positions that a step takes together: a step then sees many conversations, not two or three

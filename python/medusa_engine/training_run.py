@@ -115,7 +115,8 @@ def run(prepared: TrainingRun) -> dict:
     anew.
 
     Returns:
-        {"heads": folder, "accuracy": [head][rank], "positions": trained on, "loss": of the last steps}.
+        {"heads": folder, "accuracy": [head][rank], "positions": trained on, "options": of the training, "loss": of the
+        last steps}.
     """
     folder, base = prepared.folder, prepared.base
     write_json(folder / MODEL_FILE, {"model": prepared.model, "digest": base.digest})

@@ -25,6 +25,7 @@ from tests.engine.models import (
     shown,
 )
 from tests.engine.models import PROMPTS as PROMPTS_OF_IDS
+from tests.engine.stand_in_gpu import StandIn, native_launches_on_tape
 
 BACKENDS = ["cpu", "reference"]
 
@@ -54,6 +55,19 @@ def test_what_is_best_between_measured_sizes_is_measured_too(monkeypatch, cache)
     assert asked[1:] == [[1, 5]]
     assert best_nodes(brings, curve) == 5
     assert curve.step_seconds[5] == pytest.approx(1.005)
+
+
+def test_on_a_gpu_replayed_steps_are_timed(monkeypatch):
+    """As the engine takes them: verb by verb, launches cost more than a GPU's work."""
+    with native_launches_on_tape():
+        engine = patchy()
+        gpu = StandIn()
+        monkeypatch.setattr(calibrate.Cuda, "of", lambda model: gpu)
+        drafter = MedusaDrafter(engine.model, engine.heads)
+        trees = [Tree.named("root"), Tree.named("chain-3")]
+        taken = calibrate._step_samples(engine.model, drafter, trees, [[1, 2, 3]], 2)
+    assert {nodes: len(times) for nodes, times in taken.items()} == {1: 2, 4: 2}
+    assert gpu.captured == len(trees)
 
 
 # What the heads are worth

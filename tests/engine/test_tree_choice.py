@@ -11,6 +11,7 @@ from medusa_engine.heads_files import load_heads, save_heads
 from medusa_engine.machine import cheap_rows
 from medusa_engine.tree_choice import choose_tree
 from medusa_kernels import Tree, named_trees
+from medusa_kernels._backends import _C
 from tests.engine.models import FOLDER, SPOKEN, counting_folder, counting_heads
 
 CPU = torch.device("cpu")
@@ -78,7 +79,19 @@ def test_what_the_heads_cannot_fill_is_pruned(tree):
 
 def test_rows_that_cost_little():
     assert cheap_rows(torch.device("cuda")) == 64
-    assert cheap_rows(CPU) in (4, 6)
+
+
+@pytest.mark.skipif(_C is None, reason="without the compiled module there is no instruction set to force")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_rows_that_cost_little_follow_the_instruction_set(isa):
+    try:
+        _C.cpu.force_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        assert cheap_rows(CPU) == {"avx512": 6, "avx2": 4, "portable": 4}[isa]
+    finally:
+        _C.cpu.force_isa("auto")
 
 
 @pytest.mark.parametrize("rows", [2, 6, 64])
