@@ -48,7 +48,7 @@ struct Row {
     each(0, vocab, threadIdx.x, kRowThreads, f);
   }
 
-  __device__ __forceinline__ float shifted(float logit) const { return logit / temperature - top / temperature; }
+  __device__ __forceinline__ float shifted(float logit) const { return cuda::shifted(logit, top, temperature); }
   __device__ __forceinline__ float weight(float logit) const { return expf(shifted(logit)); }
   __device__ __forceinline__ float sum(float x) const { return block_sum(x, s.partial[0]); }
 

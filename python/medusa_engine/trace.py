@@ -114,7 +114,7 @@ def _step(moment: Moment, tree: Tree, options: SamplingOptions) -> dict[str, Any
     choice = probabilities.argmax(dim=-1).tolist()
     for node, token in zip(path, emitted, strict=True):
         choice[node] = token
-    base = [None, *(probabilities[parents[node], tokens[node]].item() for node in range(1, len(tokens)))]
+    base = [None, *probabilities[parents[1:], tokens[1:]].tolist()]
     floor = None
     if _samples(options) and options.mode == "typical":
         entropy = torch.special.entr(probabilities).sum(dim=-1)
