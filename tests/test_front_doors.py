@@ -153,6 +153,8 @@ ROWS = [
     ("verify_tree", {"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "seed must have shape (2,), not (3,)"),
     ("verify_tree", {"offset": torch.tensor([3, -1])}, ValueError, "offset must be finite, at least 0, not -1"),
     ("verify_tree", {"max_depth": 1}, ValueError, "max_depth must be at least the tree's depth 2, not 1"),
+    # on the CPU, parents are looked at wherever the logits are
+    ("verify_tree", {"logits": Z(BATCH, N, VOCAB, device="meta"), "tree_tokens": Z(BATCH, N, dtype=torch.int32, device="meta"), "max_depth": 1}, ValueError, "max_depth must be at least the tree's depth 2, not 1"),
     ("verify_tree", {"max_depth": 256}, ValueError, "max_depth must be between 0 and 255, not 256"),
     ("verify_tree", {"max_depth": 2.0}, TypeError, "max_depth must be an int, not float"),
     ("verify_tree", {"max_depth": np.array([1, 2])}, TypeError, "max_depth must be an int, not ndarray"),
