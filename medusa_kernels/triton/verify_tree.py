@@ -16,6 +16,12 @@ _TYPICAL: tl.constexpr = tl.constexpr(1)
 
 
 @triton.jit
+def quotient(x, y):
+    """Rounded to the nearest, as fp32's own division need not be."""
+    return (x.to(tl.float64) / y.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def mass_and_floor(logits, vocab, top, temperature, threshold, alpha, BLOCK: tl.constexpr):
     """The softmax's denominator, and the probability above which typical acceptance (Medusa, section 2.3.1) takes a
     child.
@@ -31,7 +37,7 @@ def mass_and_floor(logits, vocab, top, temperature, threshold, alpha, BLOCK: tl.
         products += tl.where(weight > 0.0, weight * x, 0.0)
     mass = tl.sum(masses, 0)
     # exp(-H) as P is computed, without a logarithm: a P that equals the floor must not exceed it by rounding.
-    likeness = tl.div_rn(tl.exp(tl.sum(products, 0) / mass), mass)
+    likeness = quotient(tl.exp(tl.sum(products, 0) / mass), mass)
     return mass, tl.minimum(threshold, alpha * likeness)
 
 
@@ -86,7 +92,7 @@ def judge_node_kernel(
                 mass, floor = mass_and_floor(logits, vocab, top, heat, threshold, alpha, BLOCK)
                 x = tl.load(logits + child_token, mask=child, other=float("-inf")).to(tl.float32)
                 x = shifted(x, top, heat)
-                p = tl.div_rn(tl.exp(x), mass)
+                p = quotient(tl.exp(x), mass)
                 child_edge = tl.where(p > floor, x - tl.log(mass), float("-inf"))
             else:  # of siblings with the same token the first is meant
                 match = tl.min(tl.where(child & (child_token == token), other, NO_TOKEN), 0)

@@ -215,7 +215,7 @@ def bits(value: torch.Tensor) -> torch.Tensor:
 def test_a_step_needs_no_host_and_a_capture_changes_nothing(load, source, options):
     engine = load(source)
     prompts = [list(p) for p in PROMPTS]
-    decoder = engine._take_steps(len(prompts), 100, True).decoder
+    decoder = engine._take_steps(len(prompts), 100, engine.tree(len(prompts)), True).decoder
     assert decoder.draft.capturable
     decoder.start(prompts, SamplingOptions(**options).acceptance(len(prompts), torch.device("cpu")))
     first = decoder.step()
@@ -251,7 +251,8 @@ def test_a_draft_that_needs_the_host_takes_its_steps_in_turn(load):
         same(gpu.generate(RAGGED, 24), plain.generate(RAGGED, 24))
         captured_too = tree == "root"  # where nothing is guessed
         assert isinstance(gpu._steps[True], StepsAhead) == captured_too
-    decoder = load(draft="prompt-lookup", tree="chain-4")._take_steps(1, 100, True).decoder
+    engine = load(draft="prompt-lookup", tree="chain-4")
+    decoder = engine._take_steps(1, 100, engine.tree(1), True).decoder
     decoder.start([[5, 5, 5]], None)
     with pytest.raises(AssertionError, match="needs the host inside a captured step"), Tape():
         decoder.run()
@@ -357,7 +358,7 @@ def test_the_real_graph_is_asked_for_as_torch_has_it(monkeypatch):
     wait()
     assert calls == [("replay", 1), ("copy", 1, "tensor", True), ("record", 1), ("synchronize", 0)]
     calls.clear()
-    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, pin_memory: call("pinned", dtype, pin_memory))
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device, pin_memory: call("pinned", dtype, pin_memory))
     gpu.host_like(torch.zeros(2))
     assert calls == [("pinned", 1, torch.float32, True)]
     assert current == [0]
