@@ -7,6 +7,8 @@
 namespace medusa::cpu::MEDUSA_ISA {
 namespace {
 
+constexpr float kLeast = 1e-36f;  // 127 over a magnitude below it may be infinity
+
 // Symmetric: the largest magnitude of a group becomes 127. A group that holds NaN or infinity has a scale of NaN, and
 // one so small that the inverse would be infinity counts as zeros.
 void quantise_row(const float* x, int k, int8_t* q, float* scales, int32_t* offsets) {
@@ -24,7 +26,7 @@ void quantise_row(const float* x, int k, int8_t* q, float* scales, int32_t* offs
     Vec most = zero(), sum_of = zero();
     for (int v = 0; v < kVectors; ++v) most = max(most, max(values[v], zero() - values[v]));
     const float magnitude = largest(most);
-    const Vec inverse = set(magnitude > 1e-36f ? 127.f / magnitude : 0.f);
+    const Vec inverse = set(magnitude > kLeast ? 127.f / magnitude : 0.f);
     for (int v = 0; v < kVectors; ++v) {
       const Vec rounded = round(values[v] * inverse);
       store(q + v * kWidth, rounded);
@@ -46,11 +48,12 @@ void pack_int8(const void* weight, DType dtype, int columns, int k, void* tile) 
     const auto value = [&](int i) { return load_one(weight, dtype, static_cast<int64_t>(c) * k + i); };
     bool finite = true;
     for (int i = 0; c < columns && i < k; ++i) {
-      most = larger(most, fabsf(value(i)));
-      finite &= isfinite(value(i)) != 0;
+      const float magnitude = fabsf(value(i));
+      most = larger(most, magnitude);
+      finite &= isfinite(magnitude) != 0;
     }
     scales[c] = finite ? most / 127.f : __builtin_nanf("");  // and the bytes stand for 0: the column's outputs are NaN
-    const float inverse = most > 1e-36f ? 127.f / most : 0.f;
+    const float inverse = most > kLeast ? 127.f / most : 0.f;
     for (int i = 0; finite && c < columns && i < k; ++i) {
       bytes[(i / 4 * kTile + c) * 4 + i % 4] = static_cast<uint8_t>(lrintf(value(i) * inverse) + 128);
     }

@@ -129,7 +129,7 @@ def is_heads_only(folder: str | os.PathLike) -> bool:
         return False
     has_heads = any((place / name).exists() for name in _HEADS_FILES)
     # Beside a heads file may lie what a trainer left, in files of any content: a model then has its usual names.
-    files = _model_files(place, _MODEL_FILES, () if has_heads else _MODEL_GLOBS)
+    files = _model_files(place, () if has_heads else _MODEL_GLOBS)
     names = [name for file in files for name in _tensor_names(file)]
     if any(name.startswith("model.") for name in names):
         return False
@@ -154,9 +154,9 @@ def _weight_files(folder: Path) -> list[Path]:
     raise HeadsError(f"no heads in {folder}: it has neither {' nor '.join(_HEADS_FILES)} nor a model's weights")
 
 
-def _model_files(folder: Path, names: Iterable[str] = _MODEL_FILES, globs: Iterable[str] = _MODEL_GLOBS) -> list[Path]:
+def _model_files(folder: Path, globs: Iterable[str] = _MODEL_GLOBS) -> list[Path]:
     """The folder's weight files other than `_HEADS_FILES`; a sharded checkpoint's as its index lists them."""
-    if found := [folder / name for name in names if (folder / name).exists()][:1]:
+    if found := [folder / name for name in _MODEL_FILES if (folder / name).exists()][:1]:
         if found[0].suffix != ".json":
             return found
         shards = read_json(found[0], HeadsError).get("weight_map")
