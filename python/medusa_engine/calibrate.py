@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import random
 import shutil
 import statistics
 from collections.abc import Iterator, Sequence
@@ -22,22 +21,19 @@ from medusa_kernels import Tree
 
 from . import calibration, machine
 from .calibration import Calibration, Curve, best_nodes
-from .captured import CapturedStep, Cuda
 from .dataset import Conversation, read_shard, write_shard
-from .decode import Decoder
 from .draft import MedusaDrafter
 from .engine import DEFAULT_HEADS, Medusa
 from .files import read_json_if_any, write_json
 from .heads_files import is_heads_only
 from .model import Model
 from .observe import moments
+from .step_times import step_samples
 from .stepping import best_paths, tokens_per_step
-from .stopwatch import Stopwatch
 from .train import MAX_PATHS, RANKS
 
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 CONTEXT = 256
-WARM_UP = 2  # rounds whose times are dropped: page faults, clocks, on a GPU the capture
 PROMPTS_AT_ONCE = 16
 ROWS_AT_ONCE = 32
 # One number per head needs few positions, and each costs the whole draft vocabulary.
@@ -362,7 +358,7 @@ def _curve(
 
     def samples(counts: Sequence[int]) -> dict[int, list[float]]:
         trees = [Tree.from_choices(known.paths[: n - 1]) for n in counts]
-        return _step_samples(model, drafter, trees, [prompt] * batch, rounds)
+        return step_samples(model, drafter, trees, [prompt] * batch, rounds)
 
     taken = samples([n for n in NODES if n <= len(known.tokens_per_step)])
     medians = {nodes: statistics.median(times) for nodes, times in taken.items()}
@@ -380,34 +376,3 @@ def _spread(times: Sequence[float]) -> float:
         return 0.0
     low, middle, high = statistics.quantiles(times, n=4)
     return (high - low) / middle
-
-
-def _step_samples(
-    model: Model, drafter: MedusaDrafter, trees: Sequence[Tree], prompts: list[list[int]], rounds: int
-) -> dict[int, list[float]]:
-    """{nodes: seconds of whole steps behind the prompts}: every tree once a round, in an order of its own, so that a
-    busy moment of the machine hits all of them alike. On a GPU they are replayed, as the engine's are.
-    """
-    context, gpu = len(prompts[0]), Cuda.of(model)
-    decoders, steps = {}, {}
-    for tree in trees:
-        room = context + tree.max_depth + 1
-        decoders[tree.num_nodes] = decoder = Decoder(model, drafter, tree, batch=len(prompts), max_seqlen=room)
-        decoder.start(prompts, None)
-        steps[tree.num_nodes] = decoder.step if gpu is None else CapturedStep(decoder, gpu)
-    samples: dict[int, list[float]] = {nodes: [] for nodes in decoders}
-    watch = Stopwatch()
-    for number in tqdm(range(WARM_UP + rounds), desc=f"steps, batch {len(prompts)}", unit="round", disable=None):
-        for nodes in random.Random(number).sample(list(decoders), len(decoders)):
-            decoders[nodes].cache.seqlens.fill_(context)  # every step is the first one behind the prompt
-            _wait(model.device)
-            watch.lap()
-            steps[nodes]()
-            _wait(model.device)
-            samples[nodes].append(watch.lap())
-    return {nodes: times[WARM_UP:] for nodes, times in samples.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

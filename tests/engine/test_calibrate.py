@@ -7,6 +7,7 @@ import torch
 
 from medusa_engine import Medusa, calibrate, calibration
 from medusa_engine.calibration import best_nodes
+from medusa_engine.captured import Cuda
 from medusa_engine.dataset import shard_paths
 from medusa_engine.draft import MedusaDrafter
 from medusa_engine.engine import DEFAULT_HEADS
@@ -43,7 +44,7 @@ def test_what_is_best_between_measured_sizes_is_measured_too(monkeypatch, cache)
         asked.append([tree.num_nodes for tree in trees])
         return costs(lambda n: 1.0 + 0.001 * n if n <= 5 else 1.2)(model, drafter, trees, prompts, rounds)
 
-    monkeypatch.setattr(calibrate, "_step_samples", samples)
+    monkeypatch.setattr(calibrate, "step_samples", samples)
     engine = patchy()
     _, found = quick(engine)
     brings = [1.0, 1.5, 1.6, 1.7, 1.99, 2.0, *[2.0] * 30]
@@ -62,10 +63,10 @@ def test_on_a_gpu_replayed_steps_are_timed(monkeypatch):
     with native_launches_on_tape():
         engine = patchy()
         gpu = StandIn()
-        monkeypatch.setattr(calibrate.Cuda, "of", lambda model: gpu)
+        monkeypatch.setattr(Cuda, "of", lambda model: gpu)
         drafter = MedusaDrafter(engine.model, engine.heads)
         trees = [Tree.named("root"), Tree.named("chain-3")]
-        taken = calibrate._step_samples(engine.model, drafter, trees, [[1, 2, 3]], 2)
+        taken = calibrate.step_samples(engine.model, drafter, trees, [[1, 2, 3]], 2)
     assert {nodes: len(times) for nodes, times in taken.items()} == {1: 2, 4: 2}
     assert gpu.captured == len(trees)
 
@@ -205,7 +206,7 @@ def test_real_heads_and_a_reduced_vocabulary(draft_vocab, monkeypatch, tmp_path)
 
 def test_nothing_finished_is_done_again(monkeypatch, cache):
     """Ctrl-C in the third group of prompts: two groups are kept, and the next call writes the third alone."""
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1.0))
+    monkeypatch.setattr(calibrate, "step_samples", costs(lambda n: 1.0))
     _, whole = quick(patchy())
     for file in cache.iterdir():
         file.unlink()
@@ -235,7 +236,7 @@ def test_a_batch_size_that_was_timed_before_ctrl_c_is_not_timed_again(monkeypatc
             raise KeyboardInterrupt
         return curve(*arguments, batch=batch, **options)
 
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1.0))
+    monkeypatch.setattr(calibrate, "step_samples", costs(lambda n: 1.0))
     monkeypatch.setattr(calibrate, "_curve", timing)
     with pytest.raises(KeyboardInterrupt):
         quick(patchy(), batches=(1, 2))
@@ -248,7 +249,7 @@ def test_a_batch_size_that_was_timed_before_ctrl_c_is_not_timed_again(monkeypatc
 
 
 def test_another_batch_size_joins_without_new_answers(monkeypatch):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1 + n / 100))
+    monkeypatch.setattr(calibrate, "step_samples", costs(lambda n: 1 + n / 100))
     path, first = quick(patchy())
     monkeypatch.setattr(calibrate, "moments", None)
 
@@ -256,7 +257,7 @@ def test_another_batch_size_joins_without_new_answers(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrate, "_step_samples", stop)
+        patch.setattr(calibrate, "step_samples", stop)
         with pytest.raises(KeyboardInterrupt):
             quick(patchy(), batches=(2,))
     assert calibration.read(path) == first
@@ -267,7 +268,7 @@ def test_another_batch_size_joins_without_new_answers(monkeypatch):
 
 
 def test_other_text_keeps_the_measured_steps(monkeypatch):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1 + n / 100))
+    monkeypatch.setattr(calibrate, "step_samples", costs(lambda n: 1 + n / 100))
     _, first = quick(patchy(), batches=(1, 2))
     _, other = quick(patchy(), PROMPTS[:10], batches=(1,))
     assert other.about["text"] != first.about["text"]
@@ -276,7 +277,7 @@ def test_other_text_keeps_the_measured_steps(monkeypatch):
 
 
 def test_all_but_the_times_is_deterministic(monkeypatch, cache):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1 + n / 10))
+    monkeypatch.setattr(calibrate, "step_samples", costs(lambda n: 1 + n / 10))
     path, found = quick(patchy())
     path.unlink()
     assert quick(patchy()) == (path, found)

@@ -27,7 +27,7 @@ def command(medusa, tmp_path):
 
 
 def test_the_command_prints_the_curve_and_the_choice(command, monkeypatch, cache):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 0.01 * (1 + n / 20)))
+    monkeypatch.setattr(calibrate, "step_samples", costs(lambda n: 0.01 * (1 + n / 20)))
     code, out, _ = command(*HEADS, "--batch", 1, "--batch", 2)
     (path,) = cache.glob("*.json")
     found = calibration.read(path)
@@ -52,7 +52,7 @@ def test_the_command_prints_the_curve_and_the_choice(command, monkeypatch, cache
 
 def test_a_busy_machine_is_said(command, monkeypatch):
     monkeypatch.setattr(
-        calibrate, "_step_samples", lambda m, d, trees, p, r: {tree.num_nodes: [1.0, 2.0, 3.0] for tree in trees}
+        calibrate, "step_samples", lambda m, d, trees, p, r: {tree.num_nodes: [1.0, 2.0, 3.0] for tree in trees}
     )
     assert "the times vary by 100%: the machine was busy" in command(*HEADS)[1]
 

@@ -125,7 +125,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_said_passed_over_and_replaced(damage, monkeypatch, cache):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(lambda n: 1.0))
+    monkeypatch.setattr(calibrate, "step_samples", costs(lambda n: 1.0))
     engine = patchy()
     default = engine.tree(1)
     path, found = quick(engine)
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_said_passed_over_and_replaced(damage, monkeypatch, ca
 
 @pytest.mark.parametrize(("step_seconds", "wanted"), [(lambda n: 1.0, None), (lambda n: float(n), 1)])
 def test_auto_is_the_calibrated_tree(step_seconds, wanted, monkeypatch):
-    monkeypatch.setattr(calibrate, "_step_samples", costs(step_seconds))
+    monkeypatch.setattr(calibrate, "step_samples", costs(step_seconds))
     engine, default = patchy(), patchy().tree(2)
     other = Medusa.from_pretrained(counting_folder(), counting_heads_folder(4), dtype="float32")
     untouched = other.tree(1)
